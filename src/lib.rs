@@ -1,0 +1,4 @@
+//! Tessera
+pub mod error;
+pub mod tensor;
+pub use error::{Error, Result};

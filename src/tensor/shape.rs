@@ -1,0 +1,126 @@
+//! Shapes of activations. A graph is built once and its row counts are bound at run time, so a row
+//! count is a symbol times a factor; columns are always known when the graph is built.
+
+use super::DType;
+use std::fmt;
+
+/// A row count that may be known only at run time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Rows {
+    /// The same in every step.
+    Fixed(usize),
+    /// One row for each packed token of the step, T.
+    Tokens,
+    /// One row for each token whose logits are wanted, R.
+    Outputs,
+    /// So many rows for each image of the step.
+    PerImage(usize),
+    /// One row for each sequence of the step, S.
+    Sequences,
+}
+
+/// What the symbols of [`Rows`] stand for in one step, or at most in any step.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Bindings {
+    /// T, packed token rows.
+    pub tokens: usize,
+    /// R, rows whose logits are computed.
+    pub outputs: usize,
+    /// Images that pass through the vision graph together.
+    pub images: usize,
+    /// S, sequences.
+    pub sequences: usize,
+}
+
+impl Rows {
+    /// The row count under `bindings`.
+    pub fn bind(self, bindings: &Bindings) -> usize {
+        match self {
+            Rows::Fixed(n) => n,
+            Rows::Tokens => bindings.tokens,
+            Rows::Outputs => bindings.outputs,
+            Rows::PerImage(n) => n * bindings.images,
+            Rows::Sequences => bindings.sequences,
+        }
+    }
+}
+
+impl fmt::Display for Rows {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Rows::Fixed(n) => write!(f, "{n}"),
+            Rows::Tokens => f.write_str("T"),
+            Rows::Outputs => f.write_str("R"),
+            Rows::PerImage(n) => write!(f, "{n}/image"),
+            Rows::Sequences => f.write_str("S"),
+        }
+    }
+}
+
+/// The type of an activation: `[rows, cols]` of `dtype`, row-major and dense.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TensorType {
+    /// How many rows.
+    pub rows: Rows,
+    /// How many columns.
+    pub cols: usize,
+    /// The element type.
+    pub dtype: DType,
+}
+
+impl TensorType {
+    /// `[rows, cols]` of f32, the activation type of the CPU.
+    pub const fn f32(rows: Rows, cols: usize) -> Self {
+        TensorType { rows, cols, dtype: DType::F32 }
+    }
+
+    /// `[rows, cols]` of i32, the type of every index buffer.
+    pub const fn i32(rows: Rows, cols: usize) -> Self {
+        TensorType { rows, cols, dtype: DType::I32 }
+    }
+
+    /// Bytes under `bindings`.
+    pub fn bytes(&self, bindings: &Bindings) -> usize {
+        self.rows.bind(bindings) * self.cols * self.dtype.size()
+    }
+}
+
+impl fmt::Display for TensorType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "[{}, {}] {}", self.rows, self.cols, self.dtype)
+    }
+}
+
+/// A dense `[rows, cols]` block of device memory. On the CPU the address is a host pointer; on a GPU
+/// it is a device pointer that only kernels may follow.
+#[derive(Clone, Copy, Debug)]
+pub struct View {
+    /// Where the block begins.
+    pub addr: usize,
+    /// Rows, bound.
+    pub rows: usize,
+    /// Columns.
+    pub cols: usize,
+    /// The element type.
+    pub dtype: DType,
+}
+
+impl View {
+    /// A view of nothing, to fill fixed arrays.
+    pub const EMPTY: View = View { addr: 0, rows: 0, cols: 0, dtype: DType::F32 };
+
+    /// How many elements.
+    pub fn len(&self) -> usize {
+        self.rows * self.cols
+    }
+
+    /// Whether there are no elements.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// How many bytes.
+    pub fn bytes(&self) -> usize {
+        self.len() * self.dtype.size()
+    }
+}

@@ -1,0 +1,255 @@
+//! The executor: a for-loop over the nodes of a planned graph.
+//!
+//! Addresses of everything are resolved once; a step binds row counts and runs. It allocates nothing.
+
+use super::{Graph, Plan, Source, ValueId};
+use crate::backend::{Backend, Buffer, Call};
+use crate::error::{Error, Result};
+use crate::tensor::{Bindings, DType, View};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Asks a running step to stop. Clones share one flag; it is read before every node, so a step stops
+/// within one op: milliseconds in a vision tower, one matrix product in a prefill chunk.
+#[derive(Clone, Debug, Default)]
+pub struct Cancel(Arc<AtomicBool>);
+
+impl Cancel {
+    /// Asks for a stop; may be called from any thread and from a signal handler's thread.
+    pub fn cancel(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether a stop was asked for.
+    pub fn is_cancelled(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    /// Takes the request back, so that the flag can serve the next one.
+    pub fn reset(&self) {
+        self.0.store(false, Ordering::Relaxed);
+    }
+}
+
+/// Most operands any op has.
+const MAX_INS: usize = 8;
+const MAX_WEIGHTS: usize = 8;
+const MAX_OUTS: usize = 2;
+
+/// A planned graph over an arena.
+pub struct Executor {
+    graph: Arc<Graph>,
+    backend: Arc<dyn Backend>,
+    plan: Plan,
+    arena: Arc<Buffer>,
+    /// The address of each value.
+    addrs: Vec<usize>,
+}
+
+impl Executor {
+    /// Binds `graph` to memory: intermediates in `arena`, which may be shared with executors that never
+    /// run at the same time, and states at the addresses that `states` gives for them, in graph order.
+    ///
+    /// # Panics
+    /// If the arena is smaller than the plan or a state is missing: both are the caller's bugs.
+    pub fn new(
+        graph: Arc<Graph>,
+        backend: Arc<dyn Backend>,
+        plan: Plan,
+        arena: Arc<Buffer>,
+        states: &[usize],
+    ) -> Self {
+        assert!(plan.bytes <= arena.bytes, "the arena is smaller than the plan");
+        let mut states = states.iter();
+        let addrs = graph
+            .values
+            .iter()
+            .zip(&plan.offsets)
+            .map(|(value, offset)| match (value.source, offset) {
+                (Source::State, _) => *states.next().expect("an address for every state"),
+                (_, Some(offset)) => arena.addr + offset,
+                (_, None) => unreachable!("only states are unplanned"),
+            })
+            .collect();
+        for node in &graph.nodes {
+            assert!(node.ins.len() <= MAX_INS && node.outs.len() <= MAX_OUTS);
+            assert!(node.weights.len() <= MAX_WEIGHTS);
+        }
+        Executor { graph, backend, plan, arena, addrs }
+    }
+
+    /// The graph.
+    pub fn graph(&self) -> &Graph {
+        &self.graph
+    }
+
+    /// The memory plan.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// Where a value lies in a step of these row counts.
+    pub fn view(&self, value: ValueId, bindings: &Bindings) -> View {
+        let ty = self.graph.ty(value);
+        View { addr: self.addrs[value.0], rows: ty.rows.bind(bindings), cols: ty.cols, dtype: ty.dtype }
+    }
+
+    /// Writes the leading rows of an input.
+    ///
+    /// # Panics
+    /// If `data` is longer than the planned input.
+    pub fn write<T: bytemuck::NoUninit>(&mut self, value: ValueId, data: &[T]) {
+        self.write_at(value, 0, data);
+    }
+
+    /// Writes part of an input, beginning at `row`.
+    ///
+    /// # Panics
+    /// If `data` ends outside the planned input.
+    pub fn write_at<T: bytemuck::NoUninit>(&mut self, value: ValueId, row: usize, data: &[T]) {
+        let view = self.view(value, &self.plan.max);
+        let offset = row * view.cols * view.dtype.size();
+        let bytes: &[u8] = bytemuck::cast_slice(data);
+        assert!(offset + bytes.len() <= view.bytes(), "input `{}`", self.graph.values[value.0].name);
+        // SAFETY: the range lies inside the input's block of the arena (asserted); `&mut self` and the
+        // rule that executors sharing an arena never run at once keep everyone else away.
+        unsafe { self.backend.upload(view.addr + offset, bytes) };
+    }
+
+    /// Copies device memory into part of an input, beginning at `row`.
+    ///
+    /// # Safety
+    /// `from..from + bytes` is live memory of this backend outside the arena that nobody writes.
+    ///
+    /// # Panics
+    /// If the copy ends outside the planned input.
+    pub unsafe fn copy_in(&mut self, value: ValueId, row: usize, from: usize, bytes: usize) {
+        let view = self.view(value, &self.plan.max);
+        let offset = row * view.cols * view.dtype.size();
+        assert!(offset + bytes <= view.bytes(), "input `{}`", self.graph.values[value.0].name);
+        // SAFETY: the target as in `write_at`; the source is the caller's obligation.
+        unsafe { self.backend.copy(from, view.addr + offset, bytes) };
+    }
+
+    /// Reads a kept value's leading elements.
+    ///
+    /// # Panics
+    /// If `data` is longer than the value in a step of `bindings`.
+    pub fn read<T: bytemuck::AnyBitPattern + bytemuck::NoUninit>(
+        &self,
+        value: ValueId,
+        bindings: &Bindings,
+        data: &mut [T],
+    ) {
+        let view = self.view(value, bindings);
+        let bytes: &mut [u8] = bytemuck::cast_slice_mut(data);
+        assert!(bytes.len() <= view.bytes(), "value `{}`", self.graph.values[value.0].name);
+        // SAFETY: the range lies inside the value's block of the arena; no step runs, because `run`
+        // takes `&mut self` and executors sharing an arena never run at once.
+        unsafe { self.backend.download(view.addr, bytes) };
+    }
+
+    /// Runs all nodes on the given row counts.
+    ///
+    /// # Safety
+    /// Index inputs (ids, slots, tables, selections) have been written for this step and name rows that
+    /// exist; state memory is live and nobody else touches it or the arena meanwhile.
+    ///
+    /// # Errors
+    /// [`Error::Cancelled`] between two nodes.
+    ///
+    /// # Panics
+    /// If a row count is larger than planned.
+    pub unsafe fn run(&mut self, bindings: &Bindings, cancel: &Cancel) -> Result<()> {
+        self.check(bindings);
+        for node in 0..self.graph.nodes.len() {
+            if cancel.is_cancelled() {
+                return Err(Error::Cancelled);
+            }
+            // SAFETY: passed on from the caller.
+            unsafe { self.run_node(node, bindings) };
+        }
+        Ok(())
+    }
+
+    /// Runs all nodes again, looking at every result: the name of the first node that makes a value
+    /// that is not finite. Every op gives the same results when it runs twice, KV writes included.
+    ///
+    /// # Safety
+    /// As for [`run`](Executor::run).
+    pub unsafe fn first_non_finite(&mut self, bindings: &Bindings) -> Option<String> {
+        self.check(bindings);
+        let graph = self.graph.clone();
+        let mut host = Vec::new();
+        for (n, node) in graph.nodes.iter().enumerate() {
+            // SAFETY: passed on from the caller.
+            unsafe { self.run_node(n, bindings) };
+            for &out in &node.outs {
+                let view = self.view(out, bindings);
+                if view.dtype == DType::F32 {
+                    host.resize(view.len(), 0f32);
+                    self.read(out, bindings, &mut host);
+                    if host.iter().any(|x| !x.is_finite()) {
+                        return Some(node.name.clone());
+                    }
+                }
+            }
+        }
+        None
+    }
+
+    /// Runs one node.
+    ///
+    /// # Safety
+    /// As for [`run`](Executor::run).
+    unsafe fn run_node(&mut self, node: usize, bindings: &Bindings) {
+        let node = &self.graph.nodes[node];
+        let mut ins = [View::EMPTY; MAX_INS];
+        let mut outs = [View::EMPTY; MAX_OUTS];
+        for (view, &value) in ins.iter_mut().zip(&node.ins) {
+            *view = self.view(value, bindings);
+        }
+        for (view, &value) in outs.iter_mut().zip(&node.outs) {
+            *view = self.view(value, bindings);
+        }
+        let Some(&first) = node.weights.first() else {
+            return self.call(node, &ins, &[], &outs);
+        };
+        let mut weights = [&self.graph.weights[first]; MAX_WEIGHTS];
+        for (slot, &weight) in weights.iter_mut().zip(&node.weights) {
+            *slot = &self.graph.weights[weight];
+        }
+        self.call(node, &ins, &weights[..node.weights.len()], &outs);
+    }
+
+    fn call(
+        &self,
+        node: &super::Node,
+        ins: &[View; MAX_INS],
+        weights: &[&crate::backend::Prepared],
+        outs: &[View; MAX_OUTS],
+    ) {
+        let call = Call {
+            op: &node.op,
+            ins: &ins[..node.ins.len()],
+            weights,
+            outs: &outs[..node.outs.len()],
+            workspace: self.arena.addr + self.plan.workspace,
+        };
+        // SAFETY: views are blocks of the arena or states, with the types `infer` gave (the builder) and
+        // no more rows than planned (`check`); the planner keeps blocks that live at once apart and
+        // sized the workspace for this op; index operands and states are the caller's obligation.
+        unsafe { self.backend.run(&call) };
+    }
+
+    fn check(&self, bindings: &Bindings) {
+        let (b, max) = (bindings, &self.plan.max);
+        assert!(
+            b.tokens <= max.tokens
+                && b.outputs <= max.outputs
+                && b.images <= max.images
+                && b.sequences <= max.sequences,
+            "{b:?} is more than was planned: {max:?}"
+        );
+    }
+}

@@ -1,0 +1,106 @@
+//! The planner: lays every input and every intermediate of a graph into one arena by lifetime.
+//!
+//! A value lives from the node that makes it to the last node that reads it; kept values live to the
+//! end. Values are placed largest first, each at the lowest offset that is free for its whole life.
+//! One more block, as large as the hungriest op asks for, is the workspace of all.
+
+use super::{Graph, Source};
+use crate::backend::Backend;
+use crate::tensor::Bindings;
+
+/// Alignment of every block: a cache line, and a vector of AVX-512.
+const ALIGN: usize = 64;
+
+/// Where everything lies. Offsets are for the largest step; smaller steps use a prefix of each block.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// The offset of each value in the arena; `None` for states, which live elsewhere.
+    pub offsets: Vec<Option<usize>>,
+    /// The offset of the workspace.
+    pub workspace: usize,
+    /// Bytes of the arena.
+    pub bytes: usize,
+    /// The largest step that fits.
+    pub max: Bindings,
+}
+
+/// A block to be placed: when it lives (first and last node, inclusive) and how long it is.
+struct Block {
+    value: usize,
+    first: usize,
+    last: usize,
+    bytes: usize,
+}
+
+impl Plan {
+    /// Plans `graph` for steps up to `max`.
+    pub fn new(graph: &Graph, backend: &dyn Backend, max: Bindings) -> Plan {
+        let mut blocks = lifetimes(graph, &max);
+        blocks.sort_by_key(|b| (std::cmp::Reverse(b.bytes), b.value));
+
+        let mut offsets = vec![None; graph.values.len()];
+        let mut placed: Vec<(usize, &Block)> = Vec::with_capacity(blocks.len());
+        let mut end = 0;
+        for block in &blocks {
+            let offset = lowest_free(&placed, block);
+            offsets[block.value] = Some(offset);
+            end = end.max(offset + block.bytes);
+            let at = placed.partition_point(|(o, _)| *o <= offset);
+            placed.insert(at, (offset, block));
+        }
+
+        let workspace = graph
+            .nodes
+            .iter()
+            .map(|node| {
+                let shape = graph.shapes(node, &max);
+                backend.workspace(&node.op, &shape.ins, &graph.weight_types(node), &shape.outs)
+            })
+            .max()
+            .unwrap_or(0);
+        Plan { offsets, workspace: end, bytes: end + workspace.next_multiple_of(ALIGN), max }
+    }
+}
+
+fn lifetimes(graph: &Graph, max: &Bindings) -> Vec<Block> {
+    let end = graph.nodes.len();
+    let mut blocks = Vec::new();
+    for (value, info) in graph.values.iter().enumerate() {
+        let first = match info.source {
+            Source::State => continue,
+            Source::Input => 0,
+            Source::Node(node) => node,
+        };
+        let bytes = info.ty.bytes(max).next_multiple_of(ALIGN);
+        let last = if info.kept { end } else { first };
+        blocks.push(Block { value, first, last, bytes });
+    }
+    let mut at = vec![usize::MAX; graph.values.len()];
+    for (i, block) in blocks.iter().enumerate() {
+        at[block.value] = i;
+    }
+    for (n, node) in graph.nodes.iter().enumerate() {
+        for value in &node.ins {
+            if let Some(block) = blocks.get_mut(at[value.0]) {
+                block.last = block.last.max(n);
+            }
+        }
+    }
+    blocks
+}
+
+/// The lowest offset at which `block` meets no placed block that lives at the same time.
+/// `placed` is ordered by offset.
+fn lowest_free(placed: &[(usize, &Block)], block: &Block) -> usize {
+    let mut offset = 0;
+    for (start, other) in placed {
+        if other.first > block.last || other.last < block.first {
+            continue;
+        }
+        if offset + block.bytes <= *start {
+            break;
+        }
+        offset = offset.max(start + other.bytes);
+    }
+    offset
+}

@@ -1,0 +1,510 @@
+//! The closed list of operations.
+//!
+//! An op is a value: which operation, with its constants. Its operands are activations (`ins`),
+//! weights, and results (`outs`). [`Op::infer`] is the only place that knows how their shapes relate;
+//! backends may assert what it says and decide nothing. [`Op::cost`] counts floating-point operations
+//! and bytes once for every device, so that each roofline rests on the same arithmetic.
+//!
+//! A new op breaks the build exactly where work is due: every `match` on [`Op`] is exhaustive.
+
+use crate::error::{Error, Result};
+use crate::tensor::{DType, Rows, TensorType, View};
+
+/// Token positions in one page of the KV cache. Sixteen positions are one vector of scores on every
+/// instruction set, and at 16 bits and 128 dims a page of one head is 4 KiB, whole sectors on a GPU.
+pub const PAGE: usize = 16;
+
+/// The activation function of a [`Op::Linear`]. LLaVA uses three that differ by up to 0.02; none of
+/// them is called just "gelu".
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// The identity.
+    None,
+    /// `x * sigmoid(1.702 x)`: CLIP's MLP.
+    QuickGelu,
+    /// `x/2 * (1 + erf(x / sqrt 2))`: the projector, and towers whose `hidden_act` is "gelu".
+    GeluErf,
+}
+
+/// What [`Op::SelectRows`] keeps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Select {
+    /// The rows that an index operand `[R, 1] i32` names: the rows whose logits are wanted.
+    Index,
+    /// Every row: several layers of the tower are put side by side, class row included.
+    All,
+    /// All rows but the first of every image (its class row), of `rows` that an image has.
+    Patches {
+        /// Rows of one image, the class row included.
+        rows: usize,
+    },
+}
+
+/// One operation. Letters: T packed token rows of a step, R rows whose logits are wanted, D model
+/// width, H query heads, K key/value heads, E head size, F feed-forward width, V vocabulary.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Op {
+    /// Pixels `[images, 3*S*S]` to patch embeddings `[images*(N+1), D]`: a convolution whose stride is
+    /// its kernel, the class row in front, positions added. Weights: conv `[D, 3*P*P]`, class `[1, D]`,
+    /// positions `[N+1, D]`.
+    PatchEmbed {
+        /// Side of the square image, S.
+        image: usize,
+        /// Side of a patch, P.
+        patch: usize,
+    },
+    /// `(x - mean) / sqrt(var + eps) * gamma + beta` per row, statistics in f32.
+    LayerNorm {
+        /// Added to the variance.
+        eps: f32,
+    },
+    /// `x / sqrt(mean(x^2) + eps) * gamma` per row, statistics in f32.
+    RmsNorm {
+        /// Added to the mean square.
+        eps: f32,
+    },
+    /// `s = x + y`, and RmsNorm of `s`: two results.
+    AddRmsNorm {
+        /// Added to the mean square.
+        eps: f32,
+    },
+    /// `act(x · Wᵀ + b) + residual` over one or more weights side by side (q, k and v).
+    /// Weights: all matrices `[N_i, D]`, then, with `bias`, as many vectors `[1, N_i]`.
+    Linear {
+        /// Applied before the residual is added.
+        act: Activation,
+        /// Whether each matrix has a bias.
+        bias: bool,
+        /// Whether a second operand `[T, ΣN_i]` is added to the result.
+        residual: bool,
+    },
+    /// `silu(x·Wgᵀ + bg) ⊙ (x·Wuᵀ + bu)`. Weights: gate `[F, D]`, up `[F, D]`, with `bias` two vectors.
+    GatedLinear {
+        /// Whether gate and up have a bias.
+        bias: bool,
+    },
+    /// Attention within each image, over fused `[q | k | v]` rows `[images*rows, 3*H*E]`.
+    Attention {
+        /// H; there are as many key heads as query heads.
+        heads: usize,
+        /// E, a multiple of 8 up to 128.
+        head_dim: usize,
+        /// Rows that attend to each other.
+        rows: usize,
+        /// Whether a row sees only itself and earlier rows (CLIP's text tower).
+        causal: bool,
+    },
+    /// Rotates q and k by position (half-split pairs), writes k and v to their KV slots, returns q.
+    /// Operands: `[q | k | v]` `[T, (H+2K)*E]`, positions `[T, 1] i32`, slots `[T, 1] i32`
+    /// (page * [`PAGE`] + offset), the rotation table `[context, E]` (cosines, then sines), K pages, V pages.
+    RopeAppend {
+        /// H.
+        heads: usize,
+        /// K.
+        kv_heads: usize,
+        /// E.
+        head_dim: usize,
+    },
+    /// Causal attention over paged keys and values, for prefill chunks and decode alike.
+    /// Operands: q `[T, H*E]`, positions `[T, 1] i32`, the page-table row of every token row `[T, 1] i32`,
+    /// page tables `[S, pages] i32`, K pages `[pages, K*E*PAGE]`, V pages `[pages, K*PAGE*E]`.
+    PagedAttention {
+        /// H.
+        heads: usize,
+        /// K; query head h reads key head h / (H / K).
+        kv_heads: usize,
+        /// E, a multiple of 8 up to 128.
+        head_dim: usize,
+    },
+    /// Rows of the embedding table, or rows of encoded images. Operands: token ids `[T, 1] i32`, sources
+    /// `[T, 1] i32` (a row of the third operand, or -1 for the token's own embedding), image rows
+    /// `[T, D]`. Weight: the table `[V, D]`.
+    EmbedRows,
+    /// Rows of one or more operands, put side by side.
+    SelectRows {
+        /// Which rows.
+        select: Select,
+    },
+    /// The next token of every row. Operands: logits `[R, V]`, parameters `[R, SAMPLE_PARAMS] i32`
+    /// (a [`SampleParams`](crate::op::SampleParams) per row), ids already seen `[R, ⌈V/32⌉] i32` (a bit set). Result `[R, 1] i32`.
+    Sample,
+    /// `x / |x|` per row.
+    L2Normalize,
+}
+
+/// How one row of logits becomes a token: the parameter block of [`Op::Sample`], as a device reads it.
+/// Steps are applied in Hugging Face's order: repetition penalty, temperature, top-k, top-p, min-p.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct SampleParams {
+    /// Divides the logits; 0 means greedy: the largest logit, the lowest id among equals.
+    pub temperature: f32,
+    /// Keep the k largest (ties with the k-th survive); 0 keeps all.
+    pub top_k: u32,
+    /// Keep the most probable tokens until their sum reaches this; 1 keeps all.
+    pub top_p: f32,
+    /// Drop tokens less probable than this fraction of the most probable; 0 keeps all.
+    pub min_p: f32,
+    /// Positive logits of seen ids are divided by this, negative ones multiplied; 1 changes nothing.
+    pub repetition_penalty: f32,
+    /// Low half of the seed.
+    pub seed_low: u32,
+    /// High half of the seed.
+    pub seed_high: u32,
+    /// The position of the token being chosen: the random number is a function of (seed, position).
+    pub position: u32,
+}
+
+/// Columns of the parameter operand of [`Op::Sample`].
+pub const SAMPLE_PARAMS: usize = std::mem::size_of::<SampleParams>() / 4;
+
+/// The shape of a weight operand.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WeightType {
+    /// Output features.
+    pub rows: usize,
+    /// Input features.
+    pub cols: usize,
+    /// How elements are stored.
+    pub dtype: DType,
+}
+
+impl WeightType {
+    /// Bytes of the weight.
+    pub fn bytes(&self) -> usize {
+        self.rows * self.cols * self.dtype.size()
+    }
+}
+
+/// What one execution of an op does.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Cost {
+    /// Floating-point operations; a multiply-add is two.
+    pub flops: u64,
+    /// Bytes that must move: weights and operands read once, results written once.
+    pub bytes: u64,
+}
+
+/// At most two results.
+pub type Outs = Vec<TensorType>;
+
+impl Op {
+    /// The op's name, the same in every room of the house.
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Op::PatchEmbed { .. } => "PatchEmbed",
+            Op::LayerNorm { .. } => "LayerNorm",
+            Op::RmsNorm { .. } => "RmsNorm",
+            Op::AddRmsNorm { .. } => "AddRmsNorm",
+            Op::Linear { .. } => "Linear",
+            Op::GatedLinear { .. } => "GatedLinear",
+            Op::Attention { .. } => "Attention",
+            Op::RopeAppend { .. } => "RopeAppend",
+            Op::PagedAttention { .. } => "PagedAttention",
+            Op::EmbedRows => "EmbedRows",
+            Op::SelectRows { .. } => "SelectRows",
+            Op::Sample => "Sample",
+            Op::L2Normalize => "L2Normalize",
+        }
+    }
+
+    /// The types of the results, or why the operands do not fit: the only shape authority.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] naming `node`, what was expected and what was given.
+    pub fn infer(&self, node: &str, ins: &[TensorType], weights: &[WeightType]) -> Result<Outs> {
+        Check { op: self, node, ins, weights }.infer()
+    }
+
+    /// FLOPs and bytes of one execution on bound shapes. `kv_rows` is the number of key rows that the
+    /// token rows of the step see in total (for a single sequence at position p: p + 1 for each row);
+    /// only [`Op::PagedAttention`] reads it, and its bytes assume that a sequence's pages are read once.
+    pub fn cost(&self, ins: &[View], weights: &[WeightType], outs: &[View], kv: KvExtent) -> Cost {
+        let flops = match self {
+            Op::PatchEmbed { .. } | Op::Linear { .. } | Op::GatedLinear { .. } => {
+                let matrices = match self {
+                    Op::PatchEmbed { .. } => &weights[..1],
+                    Op::Linear { bias: true, .. } | Op::GatedLinear { bias: true } => {
+                        &weights[..weights.len() / 2]
+                    }
+                    _ => weights,
+                };
+                let rows = match self {
+                    // The class row of every image is copied, not multiplied.
+                    Op::PatchEmbed { .. } => outs[0].rows - ins[0].rows,
+                    _ => ins[0].rows,
+                };
+                2 * rows * matrices.iter().map(|w| w.rows * w.cols).sum::<usize>()
+            }
+            Op::Attention { heads, head_dim, rows, causal } => {
+                let images = ins[0].rows / rows;
+                let pairs = if *causal { rows * (rows + 1) / 2 } else { rows * rows };
+                4 * images * heads * head_dim * pairs
+            }
+            Op::PagedAttention { heads, head_dim, .. } => 4 * heads * head_dim * kv.pairs,
+            Op::LayerNorm { .. } => 8 * ins[0].len(),
+            Op::RmsNorm { .. } | Op::L2Normalize => 4 * ins[0].len(),
+            Op::AddRmsNorm { .. } => 5 * ins[0].len(),
+            Op::RopeAppend { heads, kv_heads, head_dim } => 3 * ins[0].rows * (heads + kv_heads) * head_dim,
+            Op::EmbedRows | Op::SelectRows { .. } => 0,
+            Op::Sample => 4 * ins[0].len(),
+        };
+        let all = |views: &[View]| views.iter().map(View::bytes).sum::<usize>();
+        let weight_bytes = weights.iter().map(WeightType::bytes).sum::<usize>();
+        let bytes = match self {
+            // Only the rows that are looked up move.
+            Op::EmbedRows => ins[0].rows * weights[0].cols * weights[0].dtype.size() + outs[0].bytes(),
+            Op::SelectRows { .. } => 2 * outs[0].bytes(),
+            // k and v go to their slots; the table is read at one row a position.
+            Op::RopeAppend { kv_heads, head_dim, .. } => {
+                ins[0].bytes() + outs[0].bytes() + ins[0].rows * (2 * kv_heads + 1) * head_dim * 4
+            }
+            Op::PagedAttention { kv_heads, head_dim, .. } => {
+                ins[0].bytes() + outs[0].bytes() + 2 * kv.rows * kv_heads * head_dim * ins[4].dtype.size()
+            }
+            Op::PatchEmbed { .. }
+            | Op::LayerNorm { .. }
+            | Op::RmsNorm { .. }
+            | Op::AddRmsNorm { .. }
+            | Op::Linear { .. }
+            | Op::GatedLinear { .. }
+            | Op::Attention { .. }
+            | Op::Sample
+            | Op::L2Normalize => weight_bytes + all(ins) + all(outs),
+        };
+        Cost { flops: flops as u64, bytes: bytes as u64 }
+    }
+}
+
+/// How much of the KV cache a step touches.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct KvExtent {
+    /// Query-key pairs: the sum over token rows of the keys each one sees.
+    pub pairs: usize,
+    /// Cached positions read: the sum over sequences of their length after the step.
+    pub rows: usize,
+}
+
+impl KvExtent {
+    /// One sequence that advances by `tokens` rows from `past` cached positions.
+    pub fn of(past: usize, tokens: usize) -> Self {
+        KvExtent { pairs: tokens * past + tokens * (tokens + 1) / 2, rows: past + tokens }
+    }
+}
+
+/// The operands of one `infer`, so that each rule reads as a sentence.
+struct Check<'a> {
+    op: &'a Op,
+    node: &'a str,
+    ins: &'a [TensorType],
+    weights: &'a [WeightType],
+}
+
+impl Check<'_> {
+    fn infer(&self) -> Result<Outs> {
+        match *self.op {
+            Op::PatchEmbed { image, patch } => {
+                self.count(1, 3)?;
+                self.ensure(patch > 0 && image >= patch, "an image at least as large as a patch", || {
+                    format!("image {image}, patch {patch}")
+                })?;
+                let (grid, width) = (image / patch, self.weights[0].rows);
+                self.input(0, self.ins[0].rows, 3 * image * image)?;
+                self.weight(0, width, 3 * patch * patch)?;
+                self.weight(1, 1, width)?;
+                self.weight(2, grid * grid + 1, width)?;
+                Ok(vec![self.f32(Rows::PerImage(grid * grid + 1), width)])
+            }
+            Op::LayerNorm { .. } => {
+                self.count(1, 2)?;
+                self.weight(0, 1, self.ins[0].cols)?;
+                self.weight(1, 1, self.ins[0].cols)?;
+                Ok(vec![self.ins[0]])
+            }
+            Op::RmsNorm { .. } => {
+                self.count(1, 1)?;
+                self.weight(0, 1, self.ins[0].cols)?;
+                Ok(vec![self.ins[0]])
+            }
+            Op::AddRmsNorm { .. } => {
+                self.count(2, 1)?;
+                self.input(1, self.ins[0].rows, self.ins[0].cols)?;
+                self.weight(0, 1, self.ins[0].cols)?;
+                Ok(vec![self.ins[0], self.ins[0]])
+            }
+            Op::Linear { bias, residual, .. } => {
+                let matrices = self.matrices(bias, 1 + residual as usize)?;
+                let (rows, cols) = (self.ins[0].rows, matrices.iter().map(|w| w.rows).sum());
+                if residual {
+                    self.input(1, rows, cols)?;
+                }
+                Ok(vec![self.f32(rows, cols)])
+            }
+            Op::GatedLinear { bias } => {
+                let matrices = self.matrices(bias, 1)?;
+                self.ensure(matrices.len() == 2, "two matrices", || matrices.len().to_string())?;
+                self.weight(1, matrices[0].rows, matrices[0].cols)?;
+                Ok(vec![self.f32(self.ins[0].rows, matrices[0].rows)])
+            }
+            Op::Attention { heads, head_dim, rows, .. } => {
+                self.count(1, 0)?;
+                self.head_dim(head_dim)?;
+                self.input(0, self.ins[0].rows, 3 * heads * head_dim)?;
+                let whole = match self.ins[0].rows {
+                    Rows::PerImage(n) | Rows::Fixed(n) => n == rows,
+                    Rows::Tokens | Rows::Outputs | Rows::Sequences => false,
+                };
+                self.ensure(whole, &format!("{rows} rows an image"), || self.ins[0].to_string())?;
+                Ok(vec![self.f32(self.ins[0].rows, heads * head_dim)])
+            }
+            Op::RopeAppend { heads, kv_heads, head_dim } => {
+                self.count(6, 0)?;
+                self.grouped(heads, kv_heads, head_dim)?;
+                let rows = self.ins[0].rows;
+                self.input(0, rows, (heads + 2 * kv_heads) * head_dim)?;
+                self.index(1, rows, 1)?;
+                self.index(2, rows, 1)?;
+                self.input(3, self.ins[3].rows, head_dim)?;
+                self.pages(4, kv_heads, head_dim)?;
+                Ok(vec![self.f32(rows, heads * head_dim)])
+            }
+            Op::PagedAttention { heads, kv_heads, head_dim } => {
+                self.count(6, 0)?;
+                self.grouped(heads, kv_heads, head_dim)?;
+                let rows = self.ins[0].rows;
+                self.input(0, rows, heads * head_dim)?;
+                self.index(1, rows, 1)?;
+                self.index(2, rows, 1)?;
+                self.index(3, self.ins[3].rows, self.ins[3].cols)?;
+                self.pages(4, kv_heads, head_dim)?;
+                Ok(vec![self.ins[0]])
+            }
+            Op::EmbedRows => {
+                self.count(3, 1)?;
+                let rows = self.ins[0].rows;
+                self.index(0, rows, 1)?;
+                self.index(1, rows, 1)?;
+                self.input(2, rows, self.weights[0].cols)?;
+                Ok(vec![self.ins[2]])
+            }
+            Op::SelectRows { select } => self.select(select),
+            Op::Sample => {
+                self.count(3, 0)?;
+                let TensorType { rows, cols, .. } = self.ins[0];
+                self.index(1, rows, SAMPLE_PARAMS)?;
+                self.index(2, rows, cols.div_ceil(32))?;
+                Ok(vec![TensorType::i32(rows, 1)])
+            }
+            Op::L2Normalize => {
+                self.count(1, 0)?;
+                Ok(vec![self.ins[0]])
+            }
+        }
+    }
+
+    fn select(&self, select: Select) -> Result<Outs> {
+        match select {
+            Select::Index => {
+                self.count(2, 0)?;
+                self.index(1, self.ins[1].rows, 1)?;
+                Ok(vec![TensorType { rows: self.ins[1].rows, ..self.ins[0] }])
+            }
+            Select::All | Select::Patches { .. } => {
+                self.ensure(!self.ins.is_empty(), "at least one operand", || "none".into())?;
+                for i in 1..self.ins.len() {
+                    self.input(i, self.ins[0].rows, self.ins[i].cols)?;
+                }
+                let cols = self.ins.iter().map(|t| t.cols).sum();
+                let rows = match select {
+                    Select::Patches { rows } => {
+                        self.input(0, Rows::PerImage(rows), self.ins[0].cols)?;
+                        self.ensure(rows > 1, "a class row and patches", || rows.to_string())?;
+                        Rows::PerImage(rows - 1)
+                    }
+                    Select::All | Select::Index => self.ins[0].rows,
+                };
+                Ok(vec![TensorType { rows, cols, ..self.ins[0] }])
+            }
+        }
+    }
+
+    /// The matrices of a linear op, after checking them and their biases.
+    fn matrices(&self, bias: bool, ins: usize) -> Result<&[WeightType]> {
+        let n = if bias { self.weights.len() / 2 } else { self.weights.len() };
+        let weights = if bias { 2 * n } else { n };
+        self.ensure(n > 0, "at least one matrix", || format!("{} weights", self.weights.len()))?;
+        self.count(ins, weights)?;
+        let (matrices, biases) = self.weights.split_at(n);
+        for (i, matrix) in matrices.iter().enumerate() {
+            self.weight(i, matrix.rows, self.ins[0].cols)?;
+        }
+        for (i, _) in biases.iter().enumerate() {
+            self.weight(n + i, 1, matrices[i].rows)?;
+        }
+        Ok(matrices)
+    }
+
+    fn f32(&self, rows: Rows, cols: usize) -> TensorType {
+        TensorType { rows, cols, dtype: self.ins[0].dtype }
+    }
+
+    fn count(&self, ins: usize, weights: usize) -> Result<()> {
+        self.ensure(
+            self.ins.len() == ins && self.weights.len() == weights,
+            &format!("{ins} operands and {weights} weights"),
+            || format!("{} and {}", self.ins.len(), self.weights.len()),
+        )
+    }
+
+    fn input(&self, i: usize, rows: Rows, cols: usize) -> Result<()> {
+        let found = self.ins[i];
+        let ok = found.rows == rows && found.cols == cols && found.dtype != DType::I32;
+        self.ensure(ok, &format!("operand {i} [{rows}, {cols}] of numbers"), || found.to_string())
+    }
+
+    fn index(&self, i: usize, rows: Rows, cols: usize) -> Result<()> {
+        let (found, want) = (self.ins[i], TensorType::i32(rows, cols));
+        self.ensure(found == want, &format!("operand {i} {want}"), || found.to_string())
+    }
+
+    fn pages(&self, i: usize, kv_heads: usize, head_dim: usize) -> Result<()> {
+        for i in [i, i + 1] {
+            self.input(i, self.ins[4].rows, kv_heads * head_dim * PAGE)?;
+        }
+        Ok(())
+    }
+
+    fn weight(&self, i: usize, rows: usize, cols: usize) -> Result<()> {
+        let found = self.weights[i];
+        self.ensure(
+            found.rows == rows && found.cols == cols && found.dtype != DType::I32,
+            &format!("weight {i} [{rows}, {cols}]"),
+            || format!("[{}, {}] {}", found.rows, found.cols, found.dtype),
+        )
+    }
+
+    fn head_dim(&self, head_dim: usize) -> Result<()> {
+        let ok = head_dim > 0 && head_dim <= 128 && head_dim.is_multiple_of(8);
+        self.ensure(ok, "a head size that is a multiple of 8 up to 128", || head_dim.to_string())
+    }
+
+    fn grouped(&self, heads: usize, kv_heads: usize, head_dim: usize) -> Result<()> {
+        self.head_dim(head_dim)?;
+        let ok = kv_heads > 0 && heads > 0 && heads.is_multiple_of(kv_heads);
+        self.ensure(ok, "query heads that are a multiple of the key heads", || {
+            format!("{heads} and {kv_heads}")
+        })
+    }
+
+    fn ensure(&self, ok: bool, expected: &str, found: impl FnOnce() -> String) -> Result<()> {
+        if ok {
+            return Ok(());
+        }
+        Err(Error::Shape {
+            op: self.op.name(),
+            node: self.node.into(),
+            expected: expected.into(),
+            found: found(),
+        })
+    }
+}

@@ -106,8 +106,9 @@ pub enum Op {
         head_dim: usize,
     },
     /// Causal attention over paged keys and values, for prefill chunks and decode alike.
-    /// Operands: q `[T, H*E]`, positions `[T, 1] i32`, the page-table row of every token row `[T, 1] i32`,
-    /// page tables `[S, pages] i32`, K pages `[pages, K*E*PAGE]`, V pages `[pages, K*PAGE*E]`.
+    /// Operands: q `[T, H*E]`, positions `[T, 1] i32`, where each row's page table begins `[T, 1] i32`,
+    /// the page tables of all sequences end to end `[entries, 1] i32`, K pages `[pages, K*E*PAGE]`,
+    /// V pages `[pages, K*PAGE*E]`. Consecutive rows of one sequence have consecutive positions.
     PagedAttention {
         /// H.
         heads: usize,
@@ -352,7 +353,7 @@ impl Check<'_> {
                 self.input(0, self.ins[0].rows, 3 * heads * head_dim)?;
                 let whole = match self.ins[0].rows {
                     Rows::PerImage(n) | Rows::Fixed(n) => n == rows,
-                    Rows::Tokens | Rows::Outputs | Rows::Sequences => false,
+                    Rows::Tokens | Rows::Outputs | Rows::TableEntries | Rows::Pages | Rows::Context => false,
                 };
                 self.ensure(whole, &format!("{rows} rows an image"), || self.ins[0].to_string())?;
                 Ok(vec![self.f32(self.ins[0].rows, heads * head_dim)])
@@ -364,7 +365,7 @@ impl Check<'_> {
                 self.input(0, rows, (heads + 2 * kv_heads) * head_dim)?;
                 self.index(1, rows, 1)?;
                 self.index(2, rows, 1)?;
-                self.input(3, self.ins[3].rows, head_dim)?;
+                self.input(3, Rows::Context, head_dim)?;
                 self.pages(4, kv_heads, head_dim)?;
                 Ok(vec![self.f32(rows, heads * head_dim)])
             }
@@ -375,7 +376,7 @@ impl Check<'_> {
                 self.input(0, rows, heads * head_dim)?;
                 self.index(1, rows, 1)?;
                 self.index(2, rows, 1)?;
-                self.index(3, self.ins[3].rows, self.ins[3].cols)?;
+                self.index(3, Rows::TableEntries, 1)?;
                 self.pages(4, kv_heads, head_dim)?;
                 Ok(vec![self.ins[0]])
             }
@@ -469,7 +470,7 @@ impl Check<'_> {
 
     fn pages(&self, i: usize, kv_heads: usize, head_dim: usize) -> Result<()> {
         for i in [i, i + 1] {
-            self.input(i, self.ins[4].rows, kv_heads * head_dim * PAGE)?;
+            self.input(i, Rows::Pages, kv_heads * head_dim * PAGE)?;
         }
         Ok(())
     }

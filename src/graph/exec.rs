@@ -248,7 +248,8 @@ impl Executor {
             b.tokens <= max.tokens
                 && b.outputs <= max.outputs
                 && b.images <= max.images
-                && b.sequences <= max.sequences,
+                && b.table_entries <= max.table_entries
+                && (b.pages, b.context) == (max.pages, max.context),
             "{b:?} is more than was planned: {max:?}"
         );
     }

@@ -15,8 +15,12 @@ pub enum Rows {
     Outputs,
     /// So many rows for each image of the step.
     PerImage(usize),
-    /// One row for each sequence of the step, S.
-    Sequences,
+    /// One row for each page-table entry of the step's sequences, end to end.
+    TableEntries,
+    /// One row for each page of the KV pool.
+    Pages,
+    /// One row for each position of the context.
+    Context,
 }
 
 /// What the symbols of [`Rows`] stand for in one step, or at most in any step.
@@ -28,8 +32,12 @@ pub struct Bindings {
     pub outputs: usize,
     /// Images that pass through the vision graph together.
     pub images: usize,
-    /// S, sequences.
-    pub sequences: usize,
+    /// Page-table entries of all sequences of the step.
+    pub table_entries: usize,
+    /// Pages in the KV pool; the same in every step of a session.
+    pub pages: usize,
+    /// Positions of the context; the same in every step of a session.
+    pub context: usize,
 }
 
 impl Rows {
@@ -40,7 +48,9 @@ impl Rows {
             Rows::Tokens => bindings.tokens,
             Rows::Outputs => bindings.outputs,
             Rows::PerImage(n) => n * bindings.images,
-            Rows::Sequences => bindings.sequences,
+            Rows::TableEntries => bindings.table_entries,
+            Rows::Pages => bindings.pages,
+            Rows::Context => bindings.context,
         }
     }
 }
@@ -52,7 +62,9 @@ impl fmt::Display for Rows {
             Rows::Tokens => f.write_str("T"),
             Rows::Outputs => f.write_str("R"),
             Rows::PerImage(n) => write!(f, "{n}/image"),
-            Rows::Sequences => f.write_str("S"),
+            Rows::TableEntries => f.write_str("table entries"),
+            Rows::Pages => f.write_str("pages"),
+            Rows::Context => f.write_str("context"),
         }
     }
 }

@@ -1,0 +1,19 @@
+//! From a request to tokens: pages and the KV pool, sequences, sessions that advance them in batches,
+//! and the engine that turns pictures and questions into text.
+//!
+//! [`Model`] is shared and read-only: configuration, tokenizer, graphs, weights. [`Session`] owns what a
+//! running model writes to: one arena and the KV cache. [`Engine`] is a session with a front desk.
+
+pub mod engine;
+pub mod kv;
+pub mod model;
+pub mod pages;
+pub mod sampling;
+pub mod sequence;
+pub mod session;
+
+pub use engine::Engine;
+pub use model::Model;
+pub use sampling::Sampling;
+pub use sequence::{EncodedImage, Sequence};
+pub use session::{Advance, Session, SessionOptions, Want};

@@ -1,0 +1,105 @@
+//! A sequence: the ids of a prompt and of the answer so far, the pictures among them, and the pages
+//! that hold the keys and values of those already processed.
+
+use super::pages::{PageAllocator, PageTable};
+use super::sampling::Sampling;
+use crate::backend::Buffer;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+/// A picture after vision tower and projector: rows that take the place of token embeddings.
+#[derive(Debug)]
+pub struct EncodedImage {
+    /// `[rows, D]` of f32 on the device.
+    pub rows: Buffer,
+    /// How many rows.
+    pub len: usize,
+    /// SHA-256 of the decoded pixels, their geometry and the preprocessing: the picture's identity.
+    pub digest: [u8; 32],
+}
+
+/// The page allocator of a session, shared with the sequences that must give their pages back.
+#[derive(Clone, Debug)]
+pub struct SharedPages(Arc<Mutex<PageAllocator>>);
+
+impl SharedPages {
+    /// Shares `pages`.
+    pub fn new(pages: PageAllocator) -> Self {
+        SharedPages(Arc::new(Mutex::new(pages)))
+    }
+
+    /// The allocator. A panic elsewhere while it was held cannot leave it half changed: every method
+    /// of it checks before it changes anything.
+    pub fn lock(&self) -> MutexGuard<'_, PageAllocator> {
+        self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// Whether two handles share one allocator.
+    pub fn same(&self, other: &SharedPages) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+/// One conversation or completion in progress. Made by [`Session::sequence`](super::Session::sequence);
+/// dropping it gives its pages back.
+#[derive(Debug)]
+pub struct Sequence {
+    pub(super) ids: Vec<u32>,
+    pub(super) images: Vec<(Range<usize>, Arc<EncodedImage>)>,
+    pub(super) table: PageTable,
+    pub(super) pages: SharedPages,
+    /// A bit for every id of the vocabulary that stands in `ids`.
+    pub(super) seen: Vec<i32>,
+    /// How its tokens are chosen.
+    pub sampling: Sampling,
+}
+
+impl Sequence {
+    /// All ids, processed or not.
+    pub fn ids(&self) -> &[u32] {
+        &self.ids
+    }
+
+    /// Positions whose keys and values are in the cache.
+    pub fn cached(&self) -> usize {
+        self.table.len()
+    }
+
+    /// Ids that wait to be processed.
+    pub fn pending(&self) -> usize {
+        self.ids.len() - self.table.len()
+    }
+
+    /// The pages that hold the cached positions.
+    pub fn page_table(&self) -> &PageTable {
+        &self.table
+    }
+
+    /// Appends a token: one that was sampled, or a given one to score.
+    pub fn push(&mut self, id: u32) {
+        self.ids.push(id);
+        self.see(id);
+    }
+
+    pub(super) fn see(&mut self, id: u32) {
+        self.seen[id as usize / 32] |= 1 << (id % 32);
+    }
+
+    /// Forgets what was cached beyond the first `len` positions; the ids stay and become pending.
+    pub fn forget(&mut self, len: usize) {
+        self.table.truncate(len, &mut self.pages.lock());
+    }
+
+    /// The picture that covers `position`, and which of its rows stands there.
+    pub(super) fn image_at(&self, position: usize) -> Option<(&Range<usize>, &Arc<EncodedImage>)> {
+        let after = self.images.partition_point(|(range, _)| range.end <= position);
+        let (range, image) = self.images.get(after)?;
+        range.contains(&position).then_some((range, image))
+    }
+}
+
+impl Drop for Sequence {
+    fn drop(&mut self) {
+        self.forget(0);
+    }
+}

@@ -1,0 +1,594 @@
+//! A session: one arena, one KV cache, and the step that advances sequences through the model.
+//!
+//! A step takes any mixture of sequences, each with a chunk of its pending ids, packs their rows, and
+//! runs the language graph once. It allocates nothing: rows are staged in vectors of fixed capacity.
+
+use super::kv::{KvPool, page_bytes};
+use super::model::Model;
+use super::pages::PageAllocator;
+use super::sampling::Sampling;
+use super::sequence::{EncodedImage, Sequence, SharedPages};
+use crate::backend::Buffer;
+use crate::error::{Error, Result};
+use crate::graph::{Cancel, Executor, Plan};
+use crate::model::llama::Llama;
+use crate::op::{PAGE, SampleParams};
+use crate::tensor::Bindings;
+use std::ops::Range;
+use std::sync::Arc;
+
+/// How large a session is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SessionOptions {
+    /// Most positions of one sequence; `None` takes what the model was made for.
+    pub context: Option<usize>,
+    /// Bytes of the KV cache; `None` makes room for one sequence of `context` positions.
+    pub kv_memory: Option<u64>,
+    /// Most token rows of one step.
+    pub prefill_chunk: usize,
+    /// Most sequences of one step.
+    pub max_sequences: usize,
+    /// Whether a step may be asked for the logits of every row ([`Want::All`]).
+    pub all_logits: bool,
+}
+
+impl Default for SessionOptions {
+    fn default() -> Self {
+        SessionOptions {
+            context: None,
+            kv_memory: None,
+            prefill_chunk: 1024,
+            max_sequences: 8,
+            all_logits: false,
+        }
+    }
+}
+
+/// What a step computes for a sequence, beyond filling its cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Want {
+    /// Nothing: this is a chunk in the middle of a prompt.
+    Nothing,
+    /// The logits of the last row, and the token chosen from them.
+    Next,
+    /// The logits of every row, and the token chosen from the last.
+    All,
+}
+
+/// A sequence's part in a step.
+#[derive(Debug)]
+pub struct Advance<'a> {
+    /// The sequence.
+    pub sequence: &'a mut Sequence,
+    /// How many of its pending ids to process, at least one.
+    pub tokens: usize,
+    /// What to compute.
+    pub want: Want,
+}
+
+/// Where the bytes go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryPlan {
+    /// Weights, mapped or in memory.
+    pub weights: u64,
+    /// The KV pool.
+    pub kv: u64,
+    /// Inputs, intermediates and workspace of the larger of the two graphs.
+    pub arena: u64,
+    /// Pages in the pool.
+    pub pages: usize,
+    /// Most positions of one sequence.
+    pub context: usize,
+}
+
+impl MemoryPlan {
+    /// All of it.
+    pub fn total(&self) -> u64 {
+        self.weights + self.kv + self.arena
+    }
+}
+
+/// What a running model writes to.
+pub struct Session {
+    model: Arc<Model>,
+    language: Executor,
+    vision: Option<Executor>,
+    kv: KvPool,
+    pages: SharedPages,
+    plan: MemoryPlan,
+    options: SessionOptions,
+    staging: Staging,
+    #[allow(dead_code, reason = "the language graph reads it by address")]
+    rope: Buffer,
+}
+
+/// The rows of a step on their way to the device. Capacities are for the largest step.
+#[derive(Default)]
+struct Staging {
+    ids: Vec<i32>,
+    sources: Vec<i32>,
+    positions: Vec<i32>,
+    slots: Vec<i32>,
+    table_starts: Vec<i32>,
+    tables: Vec<i32>,
+    select: Vec<i32>,
+    params: Vec<SampleParams>,
+    next: Vec<i32>,
+    /// For each sequence of the last step: its output rows.
+    outputs: Vec<Range<usize>>,
+    bindings: Bindings,
+}
+
+impl Session {
+    /// Plans and allocates a session for `model`.
+    ///
+    /// # Errors
+    /// An option out of range, or [`Error::Memory`] with the plan's numbers when it does not fit.
+    pub fn new(model: Arc<Model>, options: SessionOptions) -> Result<Self> {
+        let config = &model.config().text;
+        let max = limits(config, &options)?;
+        let backend = model.backend();
+
+        let language_plan = Plan::new(model.language(), &**backend, max);
+        let one_image = Bindings { images: 1, ..Bindings::default() };
+        let vision_plan = model.vision().map(|v| Plan::new(&v.graph, &**backend, one_image));
+        let arena_bytes = language_plan.bytes.max(vision_plan.as_ref().map_or(0, |p| p.bytes));
+        let plan = MemoryPlan {
+            weights: model.weight_bytes(),
+            kv: (max.pages * page_bytes(config)) as u64,
+            arena: arena_bytes as u64,
+            pages: max.pages,
+            context: max.context,
+        };
+
+        let arena = Arc::new(backend.alloc("activations", arena_bytes)?);
+        let kv = KvPool::new(backend.clone(), config, max.pages)?;
+        let rope = rope_table(&model, max.context)?;
+        let mut states = vec![rope.addr];
+        states.extend((0..config.num_layers).flat_map(|layer| kv.layer(layer)));
+        let language = Executor::new(
+            model.language().clone(),
+            backend.clone(),
+            language_plan,
+            arena.clone(),
+            &states,
+        );
+        let vision = model
+            .vision()
+            .zip(vision_plan)
+            .map(|(v, plan)| Executor::new(v.graph.clone(), backend.clone(), plan, arena.clone(), &[]));
+        let pages = SharedPages::new(PageAllocator::new(max.pages));
+        let staging = Staging::with_capacity(&max, options.max_sequences);
+        Ok(Session { model, language, vision, kv, pages, plan, options, staging, rope })
+    }
+
+    /// The model.
+    pub fn model(&self) -> &Arc<Model> {
+        &self.model
+    }
+
+    /// Where the bytes go.
+    pub fn memory(&self) -> &MemoryPlan {
+        &self.plan
+    }
+
+    /// Most positions of one sequence.
+    pub fn context(&self) -> usize {
+        self.plan.context
+    }
+
+    /// Most token rows of one step.
+    pub fn prefill_chunk(&self) -> usize {
+        self.language.plan().max.tokens
+    }
+
+    /// The page allocator.
+    pub fn pages(&self) -> &SharedPages {
+        &self.pages
+    }
+
+    /// The executor of the language graph, for inspection.
+    pub fn language(&self) -> &Executor {
+        &self.language
+    }
+
+    /// The executor of the vision graph, for inspection.
+    pub fn vision(&self) -> Option<&Executor> {
+        self.vision.as_ref()
+    }
+
+    /// A new sequence of `ids`, in which each of `images` takes the place of a range of placeholders.
+    ///
+    /// # Errors
+    /// No ids, ids outside the vocabulary, more ids than the context holds, or images that do not fit
+    /// their ranges.
+    pub fn sequence(
+        &self,
+        ids: &[u32],
+        images: Vec<(Range<usize>, Arc<EncodedImage>)>,
+        sampling: Sampling,
+    ) -> Result<Sequence> {
+        sampling.validate()?;
+        let vocab = self.model.config().text.vocab_size;
+        if ids.is_empty() {
+            return Err(Error::Prompt("it has no tokens; write something, or let the tokenizer add BOS".into()));
+        }
+        if ids.len() > self.context() {
+            let context = self.context();
+            return Err(Error::Context { needed: ids.len(), prompt: ids.len(), new: 0, context });
+        }
+        if let Some((at, id)) = ids.iter().enumerate().find(|(_, id)| **id as usize >= vocab) {
+            return Err(Error::Prompt(format!(
+                "token {id} at position {at} is outside the model's vocabulary of {vocab}"
+            )));
+        }
+        let mut end = 0;
+        for (range, image) in &images {
+            if range.start < end || range.end > ids.len() || range.len() != image.len {
+                return Err(Error::Prompt(format!(
+                    "an image of {} rows cannot stand at positions {range:?} of {}",
+                    image.len,
+                    ids.len()
+                )));
+            }
+            end = range.end;
+        }
+        let mut sequence = Sequence {
+            ids: Vec::with_capacity(self.context() + 1),
+            images,
+            table: super::pages::PageTable::with_context(self.context()),
+            pages: self.pages.clone(),
+            seen: vec![0; vocab.div_ceil(32)],
+            sampling,
+        };
+        for &id in ids {
+            sequence.push(id);
+        }
+        Ok(sequence)
+    }
+
+    /// A second sequence that continues from the same ids. Full pages are shared; the last, partly
+    /// filled one is copied when either of the two writes to it.
+    pub fn fork(&self, of: &Sequence) -> Sequence {
+        let mut ids = Vec::with_capacity(self.context() + 1);
+        ids.extend_from_slice(&of.ids);
+        Sequence {
+            ids,
+            images: of.images.clone(),
+            table: of.table.fork(&mut self.pages.lock()),
+            pages: self.pages.clone(),
+            seen: of.seen.clone(),
+            sampling: of.sampling,
+        }
+    }
+
+    /// Runs the vision tower and the projector on normalised pixels `[3*S*S]`.
+    ///
+    /// # Errors
+    /// [`Error::Cancelled`]; [`Error::NonFinite`]; [`Error::Prompt`] if the model has no vision tower.
+    pub fn encode(&mut self, pixels: &[f32], digest: [u8; 32], cancel: &Cancel) -> Result<EncodedImage> {
+        let (Some(vision), Some(part)) = (&mut self.vision, self.model.vision()) else {
+            return Err(Error::Prompt(format!("{} is a text model; it takes no images", self.model.name())));
+        };
+        let bindings = Bindings { images: 1, ..Bindings::default() };
+        vision.write(part.pixels, pixels);
+        // SAFETY: the vision graph has no index inputs and no states; `&mut self` keeps the arena ours.
+        unsafe { vision.run(&bindings, cancel)? };
+        let view = vision.view(part.features, &bindings);
+        let rows = self.model.backend().alloc("an image's rows", view.bytes())?;
+        let mut host = vec![0f32; view.len()];
+        vision.read(part.features, &bindings, &mut host);
+        if host.iter().any(|x| !x.is_finite()) {
+            // SAFETY: as above.
+            let node = unsafe { vision.first_non_finite(&bindings) };
+            return Err(non_finite(0, node));
+        }
+        // SAFETY: `rows` was just allocated with the size of `view`, which lies in the arena.
+        unsafe { self.model.backend().copy(view.addr, rows.addr, view.bytes()) };
+        Ok(EncodedImage { rows, len: view.rows, digest })
+    }
+
+    /// The selected hidden state of the last [`encode`](Session::encode), class row included: its rows
+    /// and its values, row after row. To be read before any other step.
+    pub fn vision_hidden(&self) -> Option<(usize, Vec<f32>)> {
+        let bindings = Bindings { images: 1, ..Bindings::default() };
+        let (vision, part) = (self.vision.as_ref()?, self.model.vision()?);
+        let view = vision.view(part.hidden, &bindings);
+        let mut host = vec![0f32; view.len()];
+        vision.read(part.hidden, &bindings, &mut host);
+        Some((view.rows, host))
+    }
+
+    /// The rows of an encoded image, for dumps.
+    pub fn image_rows(&self, image: &EncodedImage) -> Vec<f32> {
+        let mut host = vec![0f32; image.rows.bytes / 4];
+        // SAFETY: the buffer is the image's own and nobody writes to it after `encode`.
+        unsafe { self.model.backend().download(image.rows.addr, bytemuck::cast_slice_mut(&mut host)) };
+        host
+    }
+
+    /// Advances every sequence of `batch`. On success the processed ids are in the cache, and
+    /// [`next`](Session::next) and [`logits`](Session::logits) tell the results; on an error no sequence has changed.
+    ///
+    /// # Errors
+    /// [`Error::KvExhausted`], [`Error::Cancelled`], [`Error::NonFinite`], [`Error::Context`].
+    ///
+    /// # Panics
+    /// If the batch is larger than the session was made for, or a sequence belongs to another session:
+    /// a scheduler's bug, not a user's.
+    pub fn step(&mut self, batch: &mut [Advance<'_>], cancel: &Cancel) -> Result<()> {
+        self.admit(batch)?;
+        self.grow(batch)?;
+        self.stage(batch);
+        let done = self.run(batch, cancel);
+        if done.is_err() {
+            for a in batch {
+                let before = a.sequence.table.len() - a.tokens;
+                a.sequence.forget(before);
+            }
+        }
+        done
+    }
+
+    /// The token chosen for the i-th sequence of the last step.
+    ///
+    /// # Panics
+    /// If nothing was wanted of it.
+    pub fn next(&self, i: usize) -> u32 {
+        let rows = &self.staging.outputs[i];
+        assert!(!rows.is_empty(), "sequence {i} of the step wanted nothing");
+        self.staging.next[rows.end - 1] as u32
+    }
+
+    /// Copies the logits of output row `row` of the i-th sequence of the last step. With [`Want::Next`]
+    /// there is one row, with [`Want::All`] one for each token.
+    ///
+    /// # Panics
+    /// If there is no such row or `logits` is not as long as the vocabulary.
+    pub fn logits(&self, i: usize, row: usize, logits: &mut [f32]) {
+        let rows = &self.staging.outputs[i];
+        assert!(row < rows.len(), "row {row} of {}", rows.len());
+        let view = self.language.view(self.llama().logits, &self.staging.bindings);
+        assert_eq!(logits.len(), view.cols);
+        let addr = view.addr + (rows.start + row) * view.cols * 4;
+        // SAFETY: the row lies inside the kept logits of the last step; no step runs (`&self`).
+        unsafe { self.model.backend().download(addr, bytemuck::cast_slice_mut(logits)) };
+    }
+
+    fn llama(&self) -> &Llama {
+        self.model.llama()
+    }
+
+    /// Checks a batch before anything changes.
+    fn admit(&self, batch: &[Advance<'_>]) -> Result<()> {
+        let max = &self.language.plan().max;
+        let tokens: usize = batch.iter().map(|a| a.tokens).sum();
+        assert!(!batch.is_empty() && batch.len() <= self.options.max_sequences, "{} sequences", batch.len());
+        assert!(tokens <= max.tokens, "{tokens} rows, {} planned", max.tokens);
+        for a in batch {
+            let sequence = &a.sequence;
+            assert!(a.tokens > 0 && a.tokens <= sequence.pending(), "{} of {}", a.tokens, sequence.pending());
+            assert!(sequence.pages.same(&self.pages), "a sequence of another session");
+            assert!(a.want != Want::All || self.options.all_logits, "the session was made without all_logits");
+            let needed = sequence.table.len() + a.tokens;
+            if needed > max.context {
+                return Err(Error::Context {
+                    needed,
+                    prompt: sequence.table.len(),
+                    new: a.tokens,
+                    context: max.context,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes room for every sequence's new positions, or for none.
+    fn grow(&mut self, batch: &mut [Advance<'_>]) -> Result<()> {
+        let mut pages = self.pages.lock();
+        for i in 0..batch.len() {
+            let Advance { sequence, tokens, .. } = &mut batch[i];
+            match sequence.table.grow(*tokens, &mut pages) {
+                Ok(Some(copy)) => self.kv.copy_page(copy),
+                Ok(None) => {}
+                Err(error) => {
+                    for Advance { sequence, tokens, .. } in &mut batch[..i] {
+                        let before = sequence.table.len() - *tokens;
+                        sequence.table.truncate(before, &mut pages);
+                    }
+                    return Err(error);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Packs the rows of the step and writes them to the device.
+    fn stage(&mut self, batch: &[Advance<'_>]) {
+        let s = &mut self.staging;
+        s.clear();
+        let llama = self.model.llama();
+        for a in batch {
+            let (sequence, end) = (&a.sequence, a.sequence.table.len());
+            let start = s.tables.len() as i32;
+            s.tables.extend(sequence.table.pages().iter().map(|&p| p as i32));
+            for position in end - a.tokens..end {
+                let row = s.ids.len();
+                s.ids.push(sequence.ids[position] as i32);
+                s.positions.push(position as i32);
+                s.slots.push(sequence.table.slot(position) as i32);
+                s.table_starts.push(start);
+                s.sources.push(if sequence.image_at(position).is_some() { row as i32 } else { -1 });
+            }
+            let (rows, first) = (s.ids.len() as i32, s.select.len());
+            match a.want {
+                Want::Nothing => {}
+                Want::Next => s.select.push(rows - 1),
+                Want::All => s.select.extend(rows - a.tokens as i32..rows),
+            }
+            s.outputs.push(first..s.select.len());
+            for (i, _) in (first..s.select.len()).enumerate() {
+                let last = first + i + 1 == s.select.len();
+                // Only the last row's token is of interest; greedy is the cheapest way to skip the rest.
+                let sampling = if last { sequence.sampling } else { Sampling::GREEDY };
+                s.params.push(sampling.params(end));
+            }
+        }
+        s.bindings = Bindings {
+            tokens: s.ids.len(),
+            outputs: s.select.len(),
+            table_entries: s.tables.len(),
+            images: 0,
+            ..self.language.plan().max
+        };
+        let language = &mut self.language;
+        language.write(llama.ids, &s.ids);
+        language.write(llama.sources, &s.sources);
+        language.write(llama.positions, &s.positions);
+        language.write(llama.slots, &s.slots);
+        language.write(llama.table_starts, &s.table_starts);
+        language.write(llama.tables, &s.tables);
+        language.write(llama.select, &s.select);
+        language.write(llama.params, &s.params);
+        for (a, rows) in batch.iter().zip(&s.outputs) {
+            for row in rows.clone() {
+                language.write_at(llama.seen, row, &a.sequence.seen);
+            }
+        }
+        stage_images(language, llama, batch);
+    }
+
+    fn run(&mut self, batch: &[Advance<'_>], cancel: &Cancel) -> Result<()> {
+        let bindings = self.staging.bindings;
+        let llama = self.model.llama().clone();
+        // SAFETY: ids are inside the vocabulary (`sequence` and `push` of a sampled id), sources and
+        // selections are rows of this step, slots and tables come from the allocator of this KV pool and
+        // positions are inside the context (`admit`); `&mut self` keeps arena and pool ours.
+        unsafe { self.language.run(&bindings, cancel)? };
+        let next = &mut self.staging.next[..bindings.outputs];
+        self.language.read(llama.next, &bindings, next);
+        if next.iter().any(|&id| id < 0) {
+            // SAFETY: as above.
+            let node = unsafe { self.language.first_non_finite(&bindings) };
+            let step = batch.iter().map(|a| a.sequence.table.len() - a.tokens).max().unwrap_or(0);
+            return Err(non_finite(step, node));
+        }
+        Ok(())
+    }
+}
+
+/// Copies the rows of pictures that the step's rows stand on into the graph's input, run by run.
+fn stage_images(language: &mut Executor, llama: &Llama, batch: &[Advance<'_>]) {
+    let mut row = 0;
+    for a in batch {
+        let end = a.sequence.table.len();
+        let mut position = end - a.tokens;
+        while position < end {
+            let mut run = 1;
+            if let Some((range, image)) = a.sequence.image_at(position) {
+                run = range.end.min(end) - position;
+                let bytes = image.rows.bytes / image.len;
+                let from = image.rows.addr + (position - range.start) * bytes;
+                // SAFETY: rows `position - range.start ..+ run` of the image's own buffer, which lives in
+                // the `Arc` that the sequence holds and is not written after `encode`.
+                unsafe { language.copy_in(llama.image_rows, row, from, run * bytes) };
+            }
+            position += run;
+            row += run;
+        }
+    }
+}
+
+fn non_finite(step: usize, node: Option<String>) -> Error {
+    let node = node.unwrap_or_else(|| "unknown: it did not happen again".into());
+    let hint = "; the checkpoint may hold NaN or infinite weights".to_string();
+    Error::NonFinite { step, node, hint }
+}
+
+/// The largest step of a session.
+fn limits(config: &crate::model::config::TextConfig, options: &SessionOptions) -> Result<Bindings> {
+    let context = options.context.unwrap_or(config.max_positions.min(DEFAULT_CONTEXT));
+    if context == 0 || context > config.max_positions {
+        let expected = format!("1 to {}, the positions the model was made for", config.max_positions);
+        return Err(Error::option("--context", expected, context));
+    }
+    if options.prefill_chunk == 0 {
+        return Err(Error::option("--prefill-chunk", "at least 1", 0));
+    }
+    let pages = match options.kv_memory {
+        None => context.div_ceil(PAGE),
+        Some(bytes) => usize::try_from(bytes).unwrap_or(usize::MAX) / page_bytes(config),
+    };
+    if pages == 0 {
+        let expected = format!("at least one page of {PAGE} positions, {} bytes", page_bytes(config));
+        return Err(Error::option("--kv-memory", expected, options.kv_memory.unwrap_or(0)));
+    }
+    let pages = pages.min(MAX_PAGES);
+    let tokens = options.prefill_chunk.min(context.min(pages * PAGE)).max(options.max_sequences);
+    Ok(Bindings {
+        tokens,
+        outputs: if options.all_logits { tokens } else { options.max_sequences },
+        images: 0,
+        // No sequence is longer than the context, however large the pool is.
+        table_entries: options.max_sequences * context.div_ceil(PAGE),
+        pages,
+        context,
+    })
+}
+
+/// The context of a session that asks for none: what LLaVA-1.5 was made for. Models that could hold
+/// a hundred thousand positions would take tens of gigabytes of cache for it.
+const DEFAULT_CONTEXT: usize = 4096;
+
+/// Slots are i32.
+const MAX_PAGES: usize = i32::MAX as usize / PAGE;
+
+/// Cosines and sines of every position of the context `[context, E]`: the first half of a row are the
+/// cosines of its E/2 angles, the second half their sines. Angles are products in f32, as Hugging Face
+/// computes them.
+fn rope_table(model: &Model, context: usize) -> Result<Buffer> {
+    let inv_freq = model.config().text.inv_freq();
+    let width = 2 * inv_freq.len();
+    let mut table = vec![0f32; context * width];
+    for (position, row) in table.chunks_exact_mut(width).enumerate() {
+        let (cos, sin) = row.split_at_mut(inv_freq.len());
+        for ((cos, sin), &frequency) in cos.iter_mut().zip(sin).zip(&inv_freq) {
+            let angle = position as f32 * frequency;
+            (*cos, *sin) = (angle.cos(), angle.sin());
+        }
+    }
+    let buffer = model.backend().alloc("the rotation table", table.len() * 4)?;
+    // SAFETY: the buffer was just allocated with this size.
+    unsafe { model.backend().upload(buffer.addr, bytemuck::cast_slice(&table)) };
+    Ok(buffer)
+}
+
+impl Staging {
+    fn with_capacity(max: &Bindings, sequences: usize) -> Self {
+        Staging {
+            ids: Vec::with_capacity(max.tokens),
+            sources: Vec::with_capacity(max.tokens),
+            positions: Vec::with_capacity(max.tokens),
+            slots: Vec::with_capacity(max.tokens),
+            table_starts: Vec::with_capacity(max.tokens),
+            tables: Vec::with_capacity(max.table_entries),
+            select: Vec::with_capacity(max.outputs),
+            params: Vec::with_capacity(max.outputs),
+            next: vec![0; max.outputs],
+            outputs: Vec::with_capacity(sequences),
+            bindings: Bindings::default(),
+        }
+    }
+
+    fn clear(&mut self) {
+        self.ids.clear();
+        self.sources.clear();
+        self.positions.clear();
+        self.slots.clear();
+        self.table_starts.clear();
+        self.tables.clear();
+        self.select.clear();
+        self.params.clear();
+        self.outputs.clear();
+    }
+}

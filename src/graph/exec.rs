@@ -6,6 +6,7 @@ use super::{Graph, Plan, Source, ValueId};
 use crate::backend::{Backend, Buffer, Call};
 use crate::error::{Error, Result};
 use crate::tensor::{Bindings, DType, View};
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -161,8 +162,25 @@ impl Executor {
     /// # Panics
     /// If a row count is larger than planned.
     pub unsafe fn run(&mut self, bindings: &Bindings, cancel: &Cancel) -> Result<()> {
+        // SAFETY: passed on from the caller.
+        unsafe { self.run_nodes(0..self.graph.nodes.len(), bindings, cancel) }
+    }
+
+    /// Runs some of the nodes; all before them have run on the same row counts.
+    ///
+    /// # Safety
+    /// As for [`run`](Executor::run).
+    ///
+    /// # Errors
+    /// As for [`run`](Executor::run).
+    pub unsafe fn run_nodes(
+        &mut self,
+        nodes: Range<usize>,
+        bindings: &Bindings,
+        cancel: &Cancel,
+    ) -> Result<()> {
         self.check(bindings);
-        for node in 0..self.graph.nodes.len() {
+        for node in nodes {
             if cancel.is_cancelled() {
                 return Err(Error::Cancelled);
             }

@@ -162,6 +162,12 @@ impl<'a> GraphBuilder<'a> {
         self.graph.keep(value);
     }
 
+    /// Nodes so far.
+    #[allow(clippy::len_without_is_empty, reason = "a position in the list, not a container's size")]
+    pub fn len(&self) -> usize {
+        self.graph.nodes.len()
+    }
+
     /// The finished graph.
     pub fn finish(self) -> Graph {
         self.graph

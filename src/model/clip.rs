@@ -30,13 +30,13 @@ pub fn tower(
     weights: &Weights,
 ) -> Result<Tower> {
     let VisionConfig { hidden_size: width, image_size: image, patch_size: patch, .. } = *config;
-    let rows = config.rows();
+    let rows = config.num_rows();
     let eps = config.layer_norm_eps;
 
     let pixels = b.input("pixels", TensorType::f32(Rows::PerImage(1), 3 * image * image));
     b.scope("vision.");
     let embeddings = [
-        weights.matrix("vision.embeddings.patch_embedding.weight", width, 3 * patch * patch)?,
+        weights.tensor("vision.embeddings.patch_embedding.weight", &[width, 3, patch, patch])?,
         weights.vector("vision.embeddings.class_embedding", width)?,
         weights.matrix("vision.embeddings.position_embedding.weight", rows, width)?,
     ];
@@ -94,9 +94,9 @@ fn block(
     ];
     let qkv = b.push("qkv", linear(Activation::None, false), &[h], &qkv)?;
     let attention = Op::Attention {
-        heads: config.num_attention_heads,
-        head_dim: width / config.num_attention_heads,
-        rows: config.rows(),
+        heads: config.num_heads,
+        head_dim: config.head_dim,
+        rows: config.num_rows(),
         causal: false,
     };
     let a = b.push("attention", attention, &[qkv], &[])?;
@@ -105,7 +105,7 @@ fn block(
 
     let h = b.push("norm2", norm, &[x], &affine("layer_norm2")?)?;
     let fc1 = [matrix("mlp.fc1", inner, width)?, bias("mlp.fc1", inner)?];
-    let h = b.push("fc1", linear(config.hidden_act, false), &[h], &fc1)?;
+    let h = b.push("fc1", linear(config.activation, false), &[h], &fc1)?;
     let fc2 = [matrix("mlp.fc2", width, inner)?, bias("mlp.fc2", width)?];
     b.push("fc2", linear(Activation::None, true), &[h, x], &fc2)
 }

@@ -67,7 +67,7 @@ pub fn build(b: &mut GraphBuilder<'_>, config: &TextConfig, weights: &Weights) -
     let table = weights.matrix("lm.embed_tokens.weight", vocab, width)?;
     let embed = [table.clone()];
     let mut x = b.push("embed", Op::EmbedRows, &[ids, sources, image_rows], &embed)?;
-    for layer in 0..config.num_hidden_layers {
+    for layer in 0..config.num_layers {
         x = block(b, config, layer, weights, &step, x)?;
     }
 
@@ -76,7 +76,7 @@ pub fn build(b: &mut GraphBuilder<'_>, config: &TextConfig, weights: &Weights) -
     let x = b.push("norm", norm, &[x], &[weights.vector("lm.norm.weight", width)?])?;
     let head = match config.tie_word_embeddings {
         true => table,
-        false => weights.matrix("lm_head.weight", vocab, width)?,
+        false => weights.matrix("lm.head.weight", vocab, width)?,
     };
     let linear = Op::Linear { act: Activation::None, bias: false, residual: false };
     let logits = b.push("lm_head", linear, &[x], &[head])?;
@@ -119,7 +119,7 @@ fn block(
     step: &Step,
     x: ValueId,
 ) -> Result<ValueId> {
-    let TextConfig { num_attention_heads: heads, num_key_value_heads: kv_heads, head_dim, .. } = *config;
+    let TextConfig { num_heads: heads, num_kv_heads: kv_heads, head_dim, .. } = *config;
     let (width, inner, eps) = (config.hidden_size, config.intermediate_size, config.rms_norm_eps);
     let linear = |bias, residual| Op::Linear { act: Activation::None, bias, residual };
     let name = |part: &str| format!("lm.layers.{layer}.{part}");
@@ -158,7 +158,7 @@ fn block(
     let a =
         b.push("attention", attention, &[q, step.positions, step.table_starts, step.tables, k, v], &[])?;
 
-    let (x, a) = match layer + 1 == config.num_hidden_layers {
+    let (x, a) = match layer + 1 == config.num_layers {
         true => {
             let select = Op::SelectRows { select: Select::Index };
             let x = b.push("select_x", select.clone(), &[x, step.select], &[])?;

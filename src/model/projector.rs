@@ -26,8 +26,8 @@ pub fn projector(
         }
         Ok::<_, crate::Error>(operands)
     };
-    let first = layer("linear_1", config.out_features, config.in_features)?;
-    let second = layer("linear_2", config.out_features, config.out_features)?;
+    let first = layer("linear_1", config.hidden_size, config.input_size)?;
+    let second = layer("linear_2", config.hidden_size, config.hidden_size)?;
     let linear = |act| Op::Linear { act, bias, residual: false };
     let h = b.push("linear_1", linear(Activation::GeluErf), &[features], &first)?;
     b.push("linear_2", linear(Activation::None), &[h], &second)

@@ -8,12 +8,14 @@ pub mod engine;
 pub mod kv;
 pub mod model;
 pub mod pages;
+pub mod request;
 pub mod sampling;
 pub mod sequence;
 pub mod session;
 
-pub use engine::Engine;
-pub use model::Model;
+pub use engine::{Engine, ImageHandle};
+pub use model::{LoadOptions, Model, Source};
+pub use request::{Completion, FinishReason, Input, Request};
 pub use sampling::Sampling;
 pub use sequence::{EncodedImage, Sequence};
 pub use session::{Advance, Session, SessionOptions, Want};

@@ -90,6 +90,21 @@ impl Sequence {
         self.table.truncate(len, &mut self.pages.lock());
     }
 
+    /// Takes over what `last` has cached, as far as its ids and pictures are the same; at least one id
+    /// stays pending, because only a step makes logits.
+    pub(super) fn adopt(&mut self, mut last: Sequence) {
+        let mut same = self.ids.iter().zip(&last.ids).take_while(|(a, b)| a == b).count();
+        same = same.min(last.table.len()).min(self.ids.len() - 1);
+        let images = self.images.iter().zip(&last.images);
+        let agree = images.take_while(|(a, b)| a.0 == b.0 && a.1.digest == b.1.digest).count();
+        // Placeholder ids are all alike: beyond the first picture that differs nothing is the same.
+        for list in [&self.images, &last.images] {
+            same = same.min(list.get(agree).map_or(same, |(range, _)| range.start));
+        }
+        last.forget(same);
+        std::mem::swap(&mut self.table, &mut last.table);
+    }
+
     /// The picture that covers `position`, and which of its rows stands there.
     pub(super) fn image_at(&self, position: usize) -> Option<(&Range<usize>, &Arc<EncodedImage>)> {
         let after = self.images.partition_point(|(range, _)| range.end <= position);

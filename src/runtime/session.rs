@@ -16,6 +16,7 @@ use crate::op::{PAGE, SampleParams};
 use crate::tensor::Bindings;
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// How large a session is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,7 +29,7 @@ pub struct SessionOptions {
     pub prefill_chunk: usize,
     /// Most sequences of one step.
     pub max_sequences: usize,
-    /// Whether a step may be asked for the logits of every row ([`Want::All`]).
+    /// Makes room for the logits of every row of a step; without it, for as many rows as sequences.
     pub all_logits: bool,
 }
 
@@ -64,6 +65,17 @@ pub struct Advance<'a> {
     pub tokens: usize,
     /// What to compute.
     pub want: Want,
+}
+
+impl Advance<'_> {
+    /// Rows of logits it asks for.
+    fn outputs(&self) -> usize {
+        match self.want {
+            Want::Nothing => 0,
+            Want::Next => 1,
+            Want::All => self.tokens,
+        }
+    }
 }
 
 /// Where the bytes go.
@@ -182,6 +194,11 @@ impl Session {
         self.language.plan().max.tokens
     }
 
+    /// Most rows of logits of one step.
+    pub fn max_outputs(&self) -> usize {
+        self.language.plan().max.outputs
+    }
+
     /// The page allocator.
     pub fn pages(&self) -> &SharedPages {
         &self.pages
@@ -262,18 +279,28 @@ impl Session {
         }
     }
 
-    /// Runs the vision tower and the projector on normalised pixels `[3*S*S]`.
+    /// Runs the vision tower and the projector on normalised pixels `[3*S*S]`, and tells how long each took.
     ///
     /// # Errors
     /// [`Error::Cancelled`]; [`Error::NonFinite`]; [`Error::Prompt`] if the model has no vision tower.
-    pub fn encode(&mut self, pixels: &[f32], digest: [u8; 32], cancel: &Cancel) -> Result<EncodedImage> {
+    pub fn encode(
+        &mut self,
+        pixels: &[f32],
+        digest: [u8; 32],
+        cancel: &Cancel,
+    ) -> Result<(EncodedImage, [Duration; 2])> {
         let (Some(vision), Some(part)) = (&mut self.vision, self.model.vision()) else {
             return Err(Error::Prompt(format!("{} is a text model; it takes no images", self.model.name())));
         };
         let bindings = Bindings { images: 1, ..Bindings::default() };
         vision.write(part.pixels, pixels);
+        let start = Instant::now();
         // SAFETY: the vision graph has no index inputs and no states; `&mut self` keeps the arena ours.
-        unsafe { vision.run(&bindings, cancel)? };
+        unsafe { vision.run_nodes(0..part.projector, &bindings, cancel)? };
+        let tower = start.elapsed();
+        // SAFETY: as above.
+        unsafe { vision.run_nodes(part.projector..part.graph.nodes.len(), &bindings, cancel)? };
+        let projector = start.elapsed() - tower;
         let view = vision.view(part.features, &bindings);
         let rows = self.model.backend().alloc("an image's rows", view.bytes())?;
         let mut host = vec![0f32; view.len()];
@@ -285,7 +312,7 @@ impl Session {
         }
         // SAFETY: `rows` was just allocated with the size of `view`, which lies in the arena.
         unsafe { self.model.backend().copy(view.addr, rows.addr, view.bytes()) };
-        Ok(EncodedImage { rows, len: view.rows, digest })
+        Ok((EncodedImage { rows, len: view.rows, digest }, [tower, projector]))
     }
 
     /// The selected hidden state of the last [`encode`](Session::encode), class row included: its rows
@@ -340,6 +367,11 @@ impl Session {
         self.staging.next[rows.end - 1] as u32
     }
 
+    /// Rows of logits of the i-th sequence of the last step.
+    pub fn output_rows(&self, i: usize) -> usize {
+        self.staging.outputs[i].len()
+    }
+
     /// Copies the logits of output row `row` of the i-th sequence of the last step. With [`Want::Next`]
     /// there is one row, with [`Want::All`] one for each token.
     ///
@@ -365,11 +397,12 @@ impl Session {
         let tokens: usize = batch.iter().map(|a| a.tokens).sum();
         assert!(!batch.is_empty() && batch.len() <= self.options.max_sequences, "{} sequences", batch.len());
         assert!(tokens <= max.tokens, "{tokens} rows, {} planned", max.tokens);
+        let outputs: usize = batch.iter().map(Advance::outputs).sum();
+        assert!(outputs <= max.outputs, "{outputs} rows of logits, {} planned", max.outputs);
         for a in batch {
             let sequence = &a.sequence;
             assert!(a.tokens > 0 && a.tokens <= sequence.pending(), "{} of {}", a.tokens, sequence.pending());
             assert!(sequence.pages.same(&self.pages), "a sequence of another session");
-            assert!(a.want != Want::All || self.options.all_logits, "the session was made without all_logits");
             let needed = sequence.table.len() + a.tokens;
             if needed > max.context {
                 return Err(Error::Context {
@@ -420,19 +453,14 @@ impl Session {
                 s.table_starts.push(start);
                 s.sources.push(if sequence.image_at(position).is_some() { row as i32 } else { -1 });
             }
-            let (rows, first) = (s.ids.len() as i32, s.select.len());
-            match a.want {
-                Want::Nothing => {}
-                Want::Next => s.select.push(rows - 1),
-                Want::All => s.select.extend(rows - a.tokens as i32..rows),
-            }
-            s.outputs.push(first..s.select.len());
-            for (i, _) in (first..s.select.len()).enumerate() {
-                let last = first + i + 1 == s.select.len();
+            let (rows, first) = (s.ids.len(), s.select.len());
+            for row in rows - a.outputs()..rows {
                 // Only the last row's token is of interest; greedy is the cheapest way to skip the rest.
-                let sampling = if last { sequence.sampling } else { Sampling::GREEDY };
+                let sampling = if row + 1 == rows { sequence.sampling } else { Sampling::GREEDY };
+                s.select.push(row as i32);
                 s.params.push(sampling.params(end));
             }
+            s.outputs.push(first..s.select.len());
         }
         s.bindings = Bindings {
             tokens: s.ids.len(),

@@ -1,0 +1,379 @@
+//! The front desk: pictures and questions in, text out.
+
+use super::model::{LoadOptions, Model, Source};
+use super::request::{Completion, FinishReason, Input, Request, TokenLogProb};
+use super::sampling::{Sampling, log_probs};
+use super::sequence::{EncodedImage, Sequence};
+use super::session::{Advance, Session, SessionOptions, Want};
+use crate::error::{Error, Result};
+use crate::graph::Cancel;
+use crate::input::image::{DecodeOptions, Picture, decode, pixels_sha256};
+use crate::input::prompt::{Prompt, StopFilter, TextStream, Tokenizer};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// A picture that was decoded and encoded once; clones are cheap, and it serves any number of requests.
+pub type ImageHandle = Arc<Image>;
+
+/// A picture and what became of it.
+#[derive(Debug)]
+pub struct Image {
+    /// The name it was given, for messages.
+    pub name: String,
+    /// Width in pixels, upright.
+    pub width: usize,
+    /// Height in pixels, upright.
+    pub height: usize,
+    /// SHA-256 of the normalised pixels, in hexadecimal.
+    pub pixels_sha256: String,
+    /// Its rows in the language model's input.
+    pub encoded: Arc<EncodedImage>,
+    /// How long each stage took.
+    pub timings: ImageTimings,
+    /// What a dump needs, if the engine was asked to keep it.
+    pub kept: Option<Kept>,
+}
+
+/// The intermediates of one picture.
+#[derive(Debug)]
+pub struct Kept {
+    /// Normalised pixels `[3, S, S]`.
+    pub pixels: Vec<f32>,
+    /// The selected hidden state `[rows, D]`, class row included.
+    pub hidden: Vec<f32>,
+    /// Rows of `hidden`.
+    pub hidden_rows: usize,
+    /// Rows after the projector `[rows, D]`.
+    pub features: Vec<f32>,
+}
+
+/// Stages of a picture.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ImageTimings {
+    /// File bytes to upright RGB.
+    pub decode: Duration,
+    /// Resize, crop, normalise.
+    pub preprocess: Duration,
+    /// Patch embedding and transformer blocks.
+    pub vision: Duration,
+    /// Projector.
+    pub projector: Duration,
+}
+
+/// A [`Session`] with a tokenizer and an image processor in front of it. One request at a time; the
+/// keys and values of the last one stay cached, so that the next turn of a conversation continues
+/// where it ended.
+pub struct Engine {
+    session: Session,
+    last: Option<Sequence>,
+    /// Whether [`Engine::image`] keeps intermediates for a dump.
+    pub keep_intermediates: bool,
+}
+
+/// How many tokens an answer has at most, unless the request says.
+pub const DEFAULT_MAX_TOKENS: usize = 512;
+
+impl Engine {
+    /// Loads a model and makes a session for it.
+    ///
+    /// # Errors
+    /// Whatever is wrong with the checkpoint or the options, named.
+    pub fn load(source: &Source, options: &LoadOptions, session: SessionOptions) -> Result<Self> {
+        Ok(Engine::new(Session::new(Arc::new(Model::load(source, options)?), session)?))
+    }
+
+    /// An engine over a session.
+    pub fn new(session: Session) -> Self {
+        Engine { session, last: None, keep_intermediates: false }
+    }
+
+    /// The session.
+    pub fn session(&self) -> &Session {
+        &self.session
+    }
+
+    /// The session, for a scheduler that steps it directly.
+    pub fn session_mut(&mut self) -> &mut Session {
+        &mut self.session
+    }
+
+    /// The model.
+    pub fn model(&self) -> &Arc<Model> {
+        self.session.model()
+    }
+
+    /// Decodes and encodes a picture. `name` is for messages only.
+    ///
+    /// # Errors
+    /// [`Error::Image`]; [`Error::Prompt`] for a text model; [`Error::NonFinite`]; [`Error::Cancelled`].
+    pub fn image(&mut self, name: &str, bytes: &[u8], cancel: &Cancel) -> Result<ImageHandle> {
+        let model = self.model().clone();
+        model.preprocess()?;
+        let start = Instant::now();
+        let options = DecodeOptions { exif_orientation: model.exif_orientation() };
+        let picture = decode(name, bytes, &options)?;
+        self.encode(name, &picture, start.elapsed(), cancel)
+    }
+
+    /// Encodes a picture that was decoded elsewhere.
+    ///
+    /// # Errors
+    /// As for [`image`](Engine::image).
+    pub fn picture(&mut self, name: &str, picture: &Picture, cancel: &Cancel) -> Result<ImageHandle> {
+        self.encode(name, picture, Duration::ZERO, cancel)
+    }
+
+    fn encode(
+        &mut self,
+        name: &str,
+        picture: &Picture,
+        decode: Duration,
+        cancel: &Cancel,
+    ) -> Result<ImageHandle> {
+        let start = Instant::now();
+        let model = self.model().clone();
+        let processor = model.preprocess()?;
+        let side = processor.side();
+        let mut pixels = vec![0f32; 3 * side * side];
+        processor.pixels(picture, &mut pixels)?;
+        let digest = processor.digest(picture);
+        let preprocess = start.elapsed();
+
+        let (encoded, [vision, projector]) = self.session.encode(&pixels, digest, cancel)?;
+        let pixels_sha256 = pixels_sha256(&pixels);
+        let kept = self.keep_intermediates.then(|| self.keep(pixels, &encoded));
+        Ok(Arc::new(Image {
+            name: name.into(),
+            width: picture.width,
+            height: picture.height,
+            pixels_sha256,
+            encoded: Arc::new(encoded),
+            timings: ImageTimings { decode, preprocess, vision, projector },
+            kept,
+        }))
+    }
+
+    fn keep(&self, pixels: Vec<f32>, encoded: &EncodedImage) -> Kept {
+        let (hidden_rows, hidden) = self.session.vision_hidden().unwrap_or_default();
+        Kept { pixels, hidden, hidden_rows, features: self.session.image_rows(encoded) }
+    }
+
+    /// The ids of a prompt, pictures expanded: its length is known before any work is done.
+    ///
+    /// # Errors
+    /// [`Error::Prompt`] or [`Error::Template`].
+    pub fn prompt(&self, input: &Input, images: &[ImageHandle]) -> Result<Prompt> {
+        let rows: Vec<usize> = images.iter().map(|image| image.encoded.len).collect();
+        match input {
+            Input::Chat(messages) => self.model().prompter().conversation(messages, &rows),
+            Input::Raw(text) => self.model().prompter().raw(text, &rows),
+        }
+    }
+
+    /// Answers a request. `on_text` is given the text piece by piece as it becomes certain; together
+    /// the pieces are the completion's text.
+    ///
+    /// # Errors
+    /// [`Error::Prompt`], [`Error::Context`] and [`Error::Option`] before any work; [`Error::NonFinite`] and
+    /// [`Error::KvExhausted`] during it. A cancelled request is not an error: it has what was made.
+    pub fn generate(&mut self, request: &Request, mut on_text: impl FnMut(&str)) -> Result<Completion> {
+        let prompt = self.prompt(&request.input, &request.images)?;
+        let max_tokens = self.max_tokens(request, prompt.ids.len())?;
+        let mut sequence = self.begin(&prompt, request)?;
+        let model = self.model().clone();
+        let mut text = TextOut {
+            stream: TextStream::new(model.prompter().tokenizer()),
+            stop: StopFilter::new(&request.stop),
+            text: String::new(),
+            on_text: &mut on_text,
+        };
+        let mut answer = Completion {
+            text: String::new(),
+            token_ids: Vec::with_capacity(max_tokens),
+            finish_reason: FinishReason::Cancelled,
+            image_tokens: prompt.images.iter().map(|span| span.len).sum(),
+            prompt_ids: prompt.ids,
+            reused_tokens: sequence.cached(),
+            logprobs: Vec::new(),
+            prompt_logits: Vec::new(),
+            prefill: Duration::ZERO,
+            decode: Duration::ZERO,
+        };
+        match self.run(&mut sequence, request, max_tokens, &mut answer, &mut text) {
+            Ok(finish_reason) => answer.finish_reason = finish_reason,
+            Err(Error::Cancelled) => {}
+            Err(error) => return Err(error),
+        }
+        answer.text = text.finish();
+        self.last = Some(sequence);
+        Ok(answer)
+    }
+
+    /// The log-probability of every token of `continuation` after a prompt: teacher-forced scoring.
+    /// The continuation is tokenised by itself, without special tokens.
+    ///
+    /// # Errors
+    /// As for [`generate`](Engine::generate), and [`Error::Cancelled`].
+    pub fn score(&mut self, request: &Request, continuation: &str) -> Result<Vec<TokenLogProb>> {
+        let prompt = self.prompt(&request.input, &request.images)?;
+        let given = self.model().prompter().tokenizer().encode(continuation, false)?;
+        self.fits(prompt.ids.len(), given.len())?;
+        let mut sequence = self.begin(&prompt, request)?;
+        let mut scores = Vec::with_capacity(given.len());
+        if given.is_empty() {
+            return Ok(scores);
+        }
+        let mut logits = vec![0f32; self.model().config().text.vocab_size];
+        let top = request.logprobs.unwrap_or(0);
+        self.prefill(&mut sequence, request, &mut Vec::new())?;
+        self.session.logits(0, 0, &mut logits);
+        scores.push(TokenLogProb::of(&logits, given[0], top));
+        for &id in &given[..given.len() - 1] {
+            sequence.push(id);
+        }
+        while sequence.pending() > 0 {
+            let tokens = sequence.pending().min(self.session.max_outputs()).min(self.session.prefill_chunk());
+            self.step(&mut sequence, tokens, Want::All, &request.cancel)?;
+            for row in 0..tokens {
+                self.session.logits(0, row, &mut logits);
+                scores.push(TokenLogProb::of(&logits, given[scores.len()], top));
+            }
+        }
+        self.last = Some(sequence);
+        Ok(scores)
+    }
+
+    /// Prefill, then one token after another.
+    fn run(
+        &mut self,
+        sequence: &mut Sequence,
+        request: &Request,
+        max_tokens: usize,
+        answer: &mut Completion,
+        text: &mut TextOut<'_>,
+    ) -> Result<FinishReason> {
+        let start = Instant::now();
+        let vocab = self.model().config().text.vocab_size;
+        let mut logits = vec![0f32; if request.logprobs.is_some() { vocab } else { 0 }];
+        let prefill = self.prefill(sequence, request, &mut answer.prompt_logits);
+        answer.prefill = start.elapsed();
+        prefill?;
+        while answer.token_ids.len() < max_tokens {
+            if !answer.token_ids.is_empty() {
+                let step = self.step(sequence, 1, Want::Next, &request.cancel);
+                answer.decode = start.elapsed() - answer.prefill;
+                step?;
+            }
+            let id = self.session.next(0);
+            if let Some(top) = request.logprobs {
+                let row = self.session.output_rows(0) - 1;
+                self.session.logits(0, row, &mut logits);
+                answer.logprobs.push(TokenLogProb::of(&logits, id, top));
+            }
+            answer.token_ids.push(id);
+            sequence.push(id);
+            let is_eos = self.model().eos_token_ids().contains(&id) && !request.ignore_eos;
+            if is_eos || text.push(id) {
+                return Ok(FinishReason::Stop);
+            }
+        }
+        Ok(FinishReason::Length)
+    }
+
+    /// Processes all pending ids in chunks; the last one chooses a token. With `prompt_logits`, every
+    /// row's logits are appended to `kept`.
+    fn prefill(&mut self, sequence: &mut Sequence, request: &Request, kept: &mut Vec<f32>) -> Result<()> {
+        let vocab = self.model().config().text.vocab_size;
+        let chunk = match request.prompt_logits {
+            true => self.session.prefill_chunk().min(self.session.max_outputs()),
+            false => self.session.prefill_chunk(),
+        };
+        while sequence.pending() > 0 {
+            let tokens = sequence.pending().min(chunk);
+            let want = match (request.prompt_logits, tokens == sequence.pending()) {
+                (true, _) => Want::All,
+                (false, true) => Want::Next,
+                (false, false) => Want::Nothing,
+            };
+            self.step(sequence, tokens, want, &request.cancel)?;
+            if request.prompt_logits {
+                let start = kept.len();
+                kept.resize(start + tokens * vocab, 0.0);
+                for (row, logits) in kept[start..].chunks_exact_mut(vocab).enumerate() {
+                    self.session.logits(0, row, logits);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn step(&mut self, sequence: &mut Sequence, tokens: usize, want: Want, cancel: &Cancel) -> Result<()> {
+        self.session.step(&mut [Advance { sequence, tokens, want }], cancel)
+    }
+
+    /// A sequence for the prompt, with whatever the last one left in the cache for it.
+    fn begin(&mut self, prompt: &Prompt, request: &Request) -> Result<Sequence> {
+        let spans = prompt.images.iter().map(|span| span.start..span.start + span.len);
+        let images = spans.zip(request.images.iter().map(|image| image.encoded.clone())).collect();
+        let mut sequence = self.session.sequence(&prompt.ids, images, request.sampling)?;
+        if let Some(last) = self.last.take().filter(|_| !request.prompt_logits) {
+            sequence.adopt(last);
+        }
+        Ok(sequence)
+    }
+
+    /// How many tokens the answer may have.
+    fn max_tokens(&self, request: &Request, prompt: usize) -> Result<usize> {
+        let room = self.session.context().saturating_sub(prompt);
+        let wanted = request.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS.min(room).max(1));
+        self.fits(prompt, wanted)?;
+        Ok(wanted)
+    }
+
+    fn fits(&self, prompt: usize, new: usize) -> Result<()> {
+        let context = self.session.context();
+        let needed = prompt.saturating_add(new);
+        if needed > context {
+            return Err(Error::Context { needed, prompt, new, context });
+        }
+        Ok(())
+    }
+}
+
+impl TokenLogProb {
+    fn of(logits: &[f32], id: u32, top: usize) -> Self {
+        let (logprob, top) = log_probs(logits, id, top);
+        TokenLogProb { id, logprob, top }
+    }
+}
+
+/// The text of an answer on its way out.
+struct TextOut<'a> {
+    stream: TextStream<&'a Tokenizer>,
+    stop: StopFilter,
+    text: String,
+    on_text: &'a mut dyn FnMut(&str),
+}
+
+impl TextOut<'_> {
+    /// Adds a token; whether a stop string is complete.
+    fn push(&mut self, id: u32) -> bool {
+        let piece = self.stream.push(id);
+        let piece = self.stop.push(&piece);
+        self.emit(&piece);
+        self.stop.stopped()
+    }
+
+    /// What was held back, and the whole text.
+    fn finish(mut self) -> String {
+        let TextOut { stream, stop, mut text, on_text } = self;
+        text
+    }
+
+    fn emit(&mut self, piece: &str) {
+        if !piece.is_empty() {
+            self.text.push_str(piece);
+            (self.on_text)(piece);
+        }
+    }
+}

@@ -112,7 +112,7 @@ CASES = [
     dict(name="a_llava15_new_bf16", kind="llava", layout="memory_v4", dtype="bf16", seed=101, bf16=True,
          what="LLaVA-1.5 with one picture, bf16, names as transformers 4.52 to 4.57 hold them in memory "
               "(model.language_model.*, model.vision_tower.vision_model.*)",
-         keep=["pixel_values", *VISION_TENSORS, *ALL_LOGITS],
+         keep=[*VISION_TENSORS, *ALL_LOGITS],
          tokenizer=lambda d: write_llama_tokenizer(d, 430), vocab=448, config=CONFIG_A, template=VICUNA,
          pictures=[("cat.png", "photo", 200, 140, 31)],
          requests=[dict(name="r0", messages=[user("What is shown in this image? List them.", 1)], images=["cat.png"])]),
@@ -125,7 +125,8 @@ CASES = [
          template=VICUNA, template_file="chat_template.json", written_by="4.36.2",
          pictures=[("street.jpg", "photo", 240, 180, 41), ("sign.png", "text", 90, 180, 42)],
          requests=[dict(name="r0", messages=[user("Describe the picture in detail. No jokes.", 1)], images=["street.jpg"]),
-                   dict(name="r1", messages=[user("What does the sign say? Please.", 1)], images=["sign.png"])]),
+                   dict(name="r1", keep=["greedy_logits"], images=["sign.png"],
+                        messages=[user("What does the sign say? Please.", 1)])]),
     dict(name="c_chat_on_a", kind="llava", model=ON_A, keep=["greedy_logits"],
          what="on (a): text alone; turns with a picture in the first; a prompt given as it is, with odd whitespace, "
               "accents and an emoji",
@@ -188,7 +189,7 @@ CASES = [
                   dict(name="r2", messages=[user("First?", 1), assistant("A fox."), user("Second?", 1)],
                        images=["wide.png", "tall.png"], steps=12)]),
     SMALL | dict(
-        name="feature_layer_positive", seed=331, keep=[*VISION_TENSORS, *ALL_LOGITS],
+        name="feature_layer_positive", seed=331, keep=["pixel_values", *VISION_TENSORS, *ALL_LOGITS],
         what="vision_feature_layer 1 of 3, counted from the embeddings (0); patch size 10; quick_gelu by default",
         config=llava_config(SMALL_TEXT, SMALL_VISION | dict(image_size=30, patch_size=10), vision_feature_layer=1),
         pictures=[("fox.png", "shapes", 28, 44, 32)],

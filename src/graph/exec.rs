@@ -8,27 +8,47 @@ use crate::error::{Error, Result};
 use crate::tensor::{Bindings, DType, View};
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-/// Asks a running step to stop. Clones share one flag; it is read before every node, so a step stops
-/// within one op: milliseconds in a vision tower, one matrix product in a prefill chunk.
+/// Watches and stops work from another thread. Clones share one state.
+///
+/// The request to stop is read before every node, so a step stops within one op: milliseconds in a
+/// vision tower, one matrix product in a prefill chunk. Progress counts nodes.
 #[derive(Clone, Debug, Default)]
-pub struct Cancel(Arc<AtomicBool>);
+pub struct Control(Arc<State>);
 
-impl Cancel {
-    /// Asks for a stop; may be called from any thread and from a signal handler's thread.
+#[derive(Debug, Default)]
+struct State {
+    cancelled: AtomicBool,
+    done: AtomicUsize,
+    total: AtomicUsize,
+}
+
+impl Control {
+    /// Asks for a stop. It stays asked for until [`reset`](Control::reset).
     pub fn cancel(&self) {
-        self.0.store(true, Ordering::Relaxed);
+        self.0.cancelled.store(true, Ordering::Relaxed);
     }
 
     /// Whether a stop was asked for.
     pub fn is_cancelled(&self) -> bool {
-        self.0.load(Ordering::Relaxed)
+        self.0.cancelled.load(Ordering::Relaxed)
     }
 
-    /// Takes the request back, so that the flag can serve the next one.
+    /// Takes the request to stop back.
     pub fn reset(&self) {
-        self.0.store(false, Ordering::Relaxed);
+        self.0.cancelled.store(false, Ordering::Relaxed);
+    }
+
+    /// Starts counting a piece of work of so many nodes.
+    pub fn begin(&self, nodes: usize) {
+        self.0.done.store(0, Ordering::Relaxed);
+        self.0.total.store(nodes, Ordering::Relaxed);
+    }
+
+    /// How many nodes of the present piece of work have run, and how many there are.
+    pub fn progress(&self) -> (usize, usize) {
+        (self.0.done.load(Ordering::Relaxed), self.0.total.load(Ordering::Relaxed))
     }
 }
 
@@ -161,9 +181,9 @@ impl Executor {
     ///
     /// # Panics
     /// If a row count is larger than planned.
-    pub unsafe fn run(&mut self, bindings: &Bindings, cancel: &Cancel) -> Result<()> {
+    pub unsafe fn run(&mut self, bindings: &Bindings, control: &Control) -> Result<()> {
         // SAFETY: passed on from the caller.
-        unsafe { self.run_nodes(0..self.graph.nodes.len(), bindings, cancel) }
+        unsafe { self.run_nodes(0..self.graph.nodes.len(), bindings, control) }
     }
 
     /// Runs some of the nodes; all before them have run on the same row counts.
@@ -177,15 +197,16 @@ impl Executor {
         &mut self,
         nodes: Range<usize>,
         bindings: &Bindings,
-        cancel: &Cancel,
+        control: &Control,
     ) -> Result<()> {
         self.check(bindings);
         for node in nodes {
-            if cancel.is_cancelled() {
+            if control.is_cancelled() {
                 return Err(Error::Cancelled);
             }
             // SAFETY: passed on from the caller.
             unsafe { self.run_node(node, bindings) };
+            control.0.done.fetch_add(1, Ordering::Relaxed);
         }
         Ok(())
     }

@@ -7,7 +7,7 @@
 mod exec;
 mod plan;
 
-pub use exec::{Cancel, Executor};
+pub use exec::{Control, Executor};
 pub use plan::Plan;
 
 use crate::backend::{Backend, Prepared};

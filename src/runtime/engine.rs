@@ -6,9 +6,9 @@ use super::sampling::{Sampling, log_probs};
 use super::sequence::{EncodedImage, Sequence};
 use super::session::{Advance, Session, SessionOptions, Want};
 use crate::error::{Error, Result};
-use crate::graph::Cancel;
+use crate::graph::Control;
 use crate::input::image::{DecodeOptions, Picture, decode, pixels_sha256};
-use crate::input::prompt::{Prompt, StopFilter, TextStream, Tokenizer};
+use crate::input::prompt::{Prompt, StopStrings, TextStream, Tokenizer};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -68,6 +68,8 @@ pub struct Engine {
     last: Option<Sequence>,
     /// Whether [`Engine::image`] keeps intermediates for a dump.
     pub keep_intermediates: bool,
+    /// Watches and stops what the engine is doing, from any thread.
+    pub control: Control,
 }
 
 /// How many tokens an answer has at most, unless the request says.
@@ -84,7 +86,7 @@ impl Engine {
 
     /// An engine over a session.
     pub fn new(session: Session) -> Self {
-        Engine { session, last: None, keep_intermediates: false }
+        Engine { session, last: None, keep_intermediates: false, control: Control::default() }
     }
 
     /// The session.
@@ -106,30 +108,24 @@ impl Engine {
     ///
     /// # Errors
     /// [`Error::Image`]; [`Error::Prompt`] for a text model; [`Error::NonFinite`]; [`Error::Cancelled`].
-    pub fn image(&mut self, name: &str, bytes: &[u8], cancel: &Cancel) -> Result<ImageHandle> {
+    pub fn image(&mut self, name: &str, bytes: &[u8]) -> Result<ImageHandle> {
         let model = self.model().clone();
         model.preprocess()?;
         let start = Instant::now();
         let options = DecodeOptions { exif_orientation: model.exif_orientation() };
         let picture = decode(name, bytes, &options)?;
-        self.encode(name, &picture, start.elapsed(), cancel)
+        self.encode(name, &picture, start.elapsed())
     }
 
     /// Encodes a picture that was decoded elsewhere.
     ///
     /// # Errors
     /// As for [`image`](Engine::image).
-    pub fn picture(&mut self, name: &str, picture: &Picture, cancel: &Cancel) -> Result<ImageHandle> {
-        self.encode(name, picture, Duration::ZERO, cancel)
+    pub fn picture(&mut self, name: &str, picture: &Picture) -> Result<ImageHandle> {
+        self.encode(name, picture, Duration::ZERO)
     }
 
-    fn encode(
-        &mut self,
-        name: &str,
-        picture: &Picture,
-        decode: Duration,
-        cancel: &Cancel,
-    ) -> Result<ImageHandle> {
+    fn encode(&mut self, name: &str, picture: &Picture, decode: Duration) -> Result<ImageHandle> {
         let start = Instant::now();
         let model = self.model().clone();
         let processor = model.preprocess()?;
@@ -139,7 +135,8 @@ impl Engine {
         let digest = processor.digest(picture);
         let preprocess = start.elapsed();
 
-        let (encoded, [vision, projector]) = self.session.encode(&pixels, digest, cancel)?;
+        self.control.begin(self.session.vision().map_or(0, |vision| vision.graph().nodes.len()));
+        let (encoded, [vision, projector]) = self.session.encode(&pixels, digest, &self.control)?;
         let pixels_sha256 = pixels_sha256(&pixels);
         let kept = self.keep_intermediates.then(|| self.keep(pixels, &encoded));
         Ok(Arc::new(Image {
@@ -183,7 +180,8 @@ impl Engine {
         let model = self.model().clone();
         let mut text = TextOut {
             stream: TextStream::new(model.prompter().tokenizer()),
-            stop: StopFilter::new(&request.stop),
+            stop: StopStrings::new(&request.stop)?,
+            stopped: false,
             text: String::new(),
             on_text: &mut on_text,
         };
@@ -233,7 +231,7 @@ impl Engine {
         }
         while sequence.pending() > 0 {
             let tokens = sequence.pending().min(self.session.max_outputs()).min(self.session.prefill_chunk());
-            self.step(&mut sequence, tokens, Want::All, &request.cancel)?;
+            self.step(&mut sequence, tokens, Want::All)?;
             for row in 0..tokens {
                 self.session.logits(0, row, &mut logits);
                 scores.push(TokenLogProb::of(&logits, given[scores.len()], top));
@@ -260,7 +258,7 @@ impl Engine {
         prefill?;
         while answer.token_ids.len() < max_tokens {
             if !answer.token_ids.is_empty() {
-                let step = self.step(sequence, 1, Want::Next, &request.cancel);
+                let step = self.step(sequence, 1, Want::Next);
                 answer.decode = start.elapsed() - answer.prefill;
                 step?;
             }
@@ -288,6 +286,8 @@ impl Engine {
             true => self.session.prefill_chunk().min(self.session.max_outputs()),
             false => self.session.prefill_chunk(),
         };
+        let nodes = self.session.language().graph().nodes.len();
+        self.control.begin(nodes * sequence.pending().div_ceil(chunk));
         while sequence.pending() > 0 {
             let tokens = sequence.pending().min(chunk);
             let want = match (request.prompt_logits, tokens == sequence.pending()) {
@@ -295,7 +295,7 @@ impl Engine {
                 (false, true) => Want::Next,
                 (false, false) => Want::Nothing,
             };
-            self.step(sequence, tokens, want, &request.cancel)?;
+            self.step(sequence, tokens, want)?;
             if request.prompt_logits {
                 let start = kept.len();
                 kept.resize(start + tokens * vocab, 0.0);
@@ -307,8 +307,8 @@ impl Engine {
         Ok(())
     }
 
-    fn step(&mut self, sequence: &mut Sequence, tokens: usize, want: Want, cancel: &Cancel) -> Result<()> {
-        self.session.step(&mut [Advance { sequence, tokens, want }], cancel)
+    fn step(&mut self, sequence: &mut Sequence, tokens: usize, want: Want) -> Result<()> {
+        self.session.step(&mut [Advance { sequence, tokens, want }], &self.control)
     }
 
     /// A sequence for the prompt, with whatever the last one left in the cache for it.
@@ -350,7 +350,8 @@ impl TokenLogProb {
 /// The text of an answer on its way out.
 struct TextOut<'a> {
     stream: TextStream<&'a Tokenizer>,
-    stop: StopFilter,
+    stop: StopStrings,
+    stopped: bool,
     text: String,
     on_text: &'a mut dyn FnMut(&str),
 }
@@ -358,22 +359,26 @@ struct TextOut<'a> {
 impl TextOut<'_> {
     /// Adds a token; whether a stop string is complete.
     fn push(&mut self, id: u32) -> bool {
-        let piece = self.stream.push(id);
-        let piece = self.stop.push(&piece);
-        self.emit(&piece);
-        self.stop.stopped()
-    }
-
-    /// What was held back, and the whole text.
-    fn finish(mut self) -> String {
-        let TextOut { stream, stop, mut text, on_text } = self;
-        text
-    }
-
-    fn emit(&mut self, piece: &str) {
+        let (piece, stopped) = self.stop.push(&self.stream.push(id));
+        self.text.push_str(&piece);
         if !piece.is_empty() {
-            self.text.push_str(piece);
-            (self.on_text)(piece);
+            (self.on_text)(&piece);
         }
+        self.stopped = stopped;
+        stopped
+    }
+
+    /// The whole text, after what was still held back is out.
+    fn finish(self) -> String {
+        let TextOut { stream, mut stop, stopped, mut text, on_text } = self;
+        if !stopped {
+            let (mut rest, stopped) = stop.push(&stream.finish());
+            if !stopped {
+                rest += &stop.finish();
+            }
+            text.push_str(&rest);
+            on_text(&rest);
+        }
+        text
     }
 }

@@ -3,7 +3,6 @@
 use super::engine::ImageHandle;
 use super::sampling::Sampling;
 use crate::error::Result;
-use crate::graph::Cancel;
 use crate::input::prompt::Message;
 use std::time::Duration;
 
@@ -35,8 +34,6 @@ pub struct Request {
     pub logprobs: Option<usize>,
     /// Whether to keep the logits of every prompt position (the session must have `all_logits`).
     pub prompt_logits: bool,
-    /// Stops the request from another thread.
-    pub cancel: Cancel,
 }
 
 impl Request {
@@ -51,7 +48,6 @@ impl Request {
             ignore_eos: false,
             logprobs: None,
             prompt_logits: false,
-            cancel: Cancel::default(),
         }
     }
 

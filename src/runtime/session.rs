@@ -10,7 +10,7 @@ use super::sampling::Sampling;
 use super::sequence::{EncodedImage, Sequence, SharedPages};
 use crate::backend::Buffer;
 use crate::error::{Error, Result};
-use crate::graph::{Cancel, Executor, Plan};
+use crate::graph::{Control, Executor, Plan};
 use crate::model::llama::Llama;
 use crate::op::{PAGE, SampleParams};
 use crate::tensor::Bindings;
@@ -287,7 +287,7 @@ impl Session {
         &mut self,
         pixels: &[f32],
         digest: [u8; 32],
-        cancel: &Cancel,
+        control: &Control,
     ) -> Result<(EncodedImage, [Duration; 2])> {
         let (Some(vision), Some(part)) = (&mut self.vision, self.model.vision()) else {
             return Err(Error::Prompt(format!("{} is a text model; it takes no images", self.model.name())));
@@ -296,10 +296,10 @@ impl Session {
         vision.write(part.pixels, pixels);
         let start = Instant::now();
         // SAFETY: the vision graph has no index inputs and no states; `&mut self` keeps the arena ours.
-        unsafe { vision.run_nodes(0..part.projector, &bindings, cancel)? };
+        unsafe { vision.run_nodes(0..part.projector, &bindings, control)? };
         let tower = start.elapsed();
         // SAFETY: as above.
-        unsafe { vision.run_nodes(part.projector..part.graph.nodes.len(), &bindings, cancel)? };
+        unsafe { vision.run_nodes(part.projector..part.graph.nodes.len(), &bindings, control)? };
         let projector = start.elapsed() - tower;
         let view = vision.view(part.features, &bindings);
         let rows = self.model.backend().alloc("an image's rows", view.bytes())?;
@@ -343,11 +343,11 @@ impl Session {
     /// # Panics
     /// If the batch is larger than the session was made for, or a sequence belongs to another session:
     /// a scheduler's bug, not a user's.
-    pub fn step(&mut self, batch: &mut [Advance<'_>], cancel: &Cancel) -> Result<()> {
+    pub fn step(&mut self, batch: &mut [Advance<'_>], control: &Control) -> Result<()> {
         self.admit(batch)?;
         self.grow(batch)?;
         self.stage(batch);
-        let done = self.run(batch, cancel);
+        let done = self.run(batch, control);
         if done.is_err() {
             for a in batch {
                 let before = a.sequence.table.len() - a.tokens;
@@ -486,13 +486,13 @@ impl Session {
         stage_images(language, llama, batch);
     }
 
-    fn run(&mut self, batch: &[Advance<'_>], cancel: &Cancel) -> Result<()> {
+    fn run(&mut self, batch: &[Advance<'_>], control: &Control) -> Result<()> {
         let bindings = self.staging.bindings;
         let llama = self.model.llama().clone();
         // SAFETY: ids are inside the vocabulary (`sequence` and `push` of a sampled id), sources and
         // selections are rows of this step, slots and tables come from the allocator of this KV pool and
         // positions are inside the context (`admit`); `&mut self` keeps arena and pool ours.
-        unsafe { self.language.run(&bindings, cancel)? };
+        unsafe { self.language.run(&bindings, control)? };
         let next = &mut self.staging.next[..bindings.outputs];
         self.language.read(llama.next, &bindings, next);
         if next.iter().any(|&id| id < 0) {

@@ -131,7 +131,7 @@ CASES = [
          what="on (a): text alone; turns with a picture in the first; a prompt given as it is, with odd whitespace, "
               "accents and an emoji",
          pictures=[("dog.png", "shapes", 96, 150, 51)],
-         requests=[dict(name="text", messages=[user("Why is the sky blue? Answer briefly.")], keep=ALL_LOGITS),
+         requests=[dict(name="text", messages=[user("Why is the sky blue? Answer briefly.")]),
                    dict(name="turns", images=["dog.png"],
                         messages=[user("What color is the car?", 1), assistant("The car is red."),
                                   user("And how many people are in the photo? List them.")]),
@@ -155,7 +155,7 @@ CASES = [
          vocab=420, config=CONFIG_J, written_by="4.42.3",
          requests=[dict(name="default_system", messages=[
                        {"role": "user", "content": 'What is 12 + 30? Zoë asked: "naïve" 日本語 🙂 Please.'}]),
-                   dict(name="turns", keep=ALL_LOGITS, messages=[
+                   dict(name="turns", messages=[
                        {"role": "system", "content": "You are terse."}, {"role": "user", "content": "Hello"},
                        {"role": "assistant", "content": "Hi."},
                        {"role": "user", "content": "  Why\n\nnot?   Please."}])]),

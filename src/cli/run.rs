@@ -75,11 +75,6 @@ impl Run {
         stop_on_ctrl_c(&engine.control)?;
 
         let images = encode(&mut engine, &sources, self.quiet)?;
-        let input = match input {
-            // The number of pictures is checked before the text is placed around them.
-            Input::Chat(messages) => Input::Chat(messages),
-            raw => raw,
-        };
         let request = Request {
             images,
             sampling,

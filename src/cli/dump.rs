@@ -1,0 +1,66 @@
+//! `--dump`: what went through the model, as safetensors that any tool can compare.
+
+use crate::error::{Error, Result};
+use crate::runtime::ImageHandle;
+use crate::runtime::request::Completion;
+use safetensors::tensor::{Dtype, TensorView};
+use std::path::Path;
+
+/// A tensor before it is written.
+struct Tensor {
+    name: &'static str,
+    dtype: Dtype,
+    shape: Vec<usize>,
+    bytes: Vec<u8>,
+}
+
+/// Writes `pixel_values` [n,3,S,S], `vision_hidden` [n,rows,D], `image_features` [rows,D], `input_ids` [T],
+/// `logits` [T,V] and `generated_ids` [n] to `path`.
+pub fn write(path: &Path, images: &[ImageHandle], answer: &Completion) -> Result<()> {
+    let mut tensors = Vec::new();
+    let kept: Vec<_> = images.iter().filter_map(|image| image.kept.as_ref()).collect();
+    if let [first, ..] = kept[..] {
+        let n = kept.len();
+        let concat = |part: fn(&crate::runtime::engine::Kept) -> &Vec<f32>| -> Vec<f32> {
+            kept.iter().flat_map(|k| part(k).iter().copied()).collect()
+        };
+        let side = (first.pixels.len() / 3).isqrt();
+        tensors.push(f32s("pixel_values", &[n, 3, side, side], &concat(|k| &k.pixels)));
+        let width = first.hidden.len() / first.hidden_rows;
+        tensors.push(f32s("vision_hidden", &[n, first.hidden_rows, width], &concat(|k| &k.hidden)));
+        let features = concat(|k| &k.features);
+        let rows: usize = images.iter().map(|image| image.encoded.len).sum();
+        tensors.push(f32s("image_features", &[rows, features.len() / rows], &features));
+    }
+    let rows = answer.prompt_ids.len();
+    tensors.push(ids("input_ids", &answer.prompt_ids));
+    tensors.push(f32s("logits", &[rows, answer.prompt_logits.len() / rows], &answer.prompt_logits));
+    tensors.push(ids("generated_ids", &answer.token_ids));
+
+    let invalid = |error: safetensors::SafeTensorError| Error::io(path, std::io::Error::other(error));
+    let views = tensors
+        .iter()
+        .map(|t| Ok((t.name, TensorView::new(t.dtype, t.shape.clone(), &t.bytes).map_err(invalid)?)))
+        .collect::<Result<Vec<_>>>()?;
+    safetensors::serialize_to_file(views, None, path).map_err(invalid)
+}
+
+/// A tensor of f32.
+fn f32s(name: &'static str, shape: &[usize], values: &[f32]) -> Tensor {
+    let bytes = values.iter().flat_map(|x| x.to_le_bytes()).collect();
+    Tensor { name, dtype: Dtype::F32, shape: shape.into(), bytes }
+}
+
+/// Token ids as i64, as torch has them.
+fn ids(name: &'static str, values: &[u32]) -> Tensor {
+    let bytes = values.iter().flat_map(|&id| (id as i64).to_le_bytes()).collect();
+    Tensor { name, dtype: Dtype::I64, shape: vec![values.len()], bytes }
+}
+
+/// Writes the pixels of several pictures, as `preprocess --out` does.
+pub fn write_pixels(path: &Path, side: usize, pictures: &[Vec<f32>]) -> Result<()> {
+    let tensor = f32s("pixel_values", &[pictures.len(), 3, side, side], &pictures.concat());
+    let invalid = |error: safetensors::SafeTensorError| Error::io(path, std::io::Error::other(error));
+    let view = TensorView::new(tensor.dtype, tensor.shape.clone(), &tensor.bytes).map_err(invalid)?;
+    safetensors::serialize_to_file([(tensor.name, view)], None, path).map_err(invalid)
+}

@@ -1,0 +1,166 @@
+//! A model's weights: a table of named tensors over the storages that hold their bytes. Whoever builds a
+//! graph asks for a tensor by its canonical name and the shape it must have.
+
+use super::names::{self, Layout};
+use crate::error::{Error, Result};
+use crate::tensor::{DType, Storage, Weight, WeightBytes};
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// All tensors of a checkpoint directory ([`Weights::open`]) or of a preset
+/// ([`Preset::weights`](super::preset::Preset::weights)).
+/// Cheap to make: the bytes stay where they are until a kernel reads them.
+#[derive(Debug)]
+pub struct Weights {
+    origin: PathBuf,
+    layout: Layout,
+    sources: Vec<Source>,
+    tensors: Vec<TensorInfo>,
+    /// Canonical name to index in `tensors`.
+    canonical: HashMap<String, usize>,
+}
+
+/// A file, or a preset, with its bytes.
+#[derive(Debug)]
+pub(super) struct Source {
+    pub path: PathBuf,
+    pub storage: Arc<Storage>,
+}
+
+/// What a checkpoint's header says of one tensor.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TensorInfo {
+    /// The name in the file.
+    pub name: String,
+    /// The safetensors dtype, such as `F16`; not all can be used as weights.
+    pub dtype: String,
+    /// The shape in the file.
+    pub shape: Vec<usize>,
+    /// Where its bytes begin in its file.
+    pub offset: usize,
+    /// How many bytes it has.
+    pub bytes: usize,
+    /// Which file, an index for [`Weights::file`].
+    pub file: usize,
+}
+
+impl TensorInfo {
+    /// What safetensors calls `dtype`.
+    pub(super) fn dtype_name(dtype: DType) -> &'static str {
+        match dtype {
+            DType::F32 => "F32",
+            DType::F16 => "F16",
+            DType::BF16 => "BF16",
+            DType::I32 => "I32",
+        }
+    }
+
+    /// The dtype, if kernels can read it.
+    pub fn weight_dtype(&self) -> Option<DType> {
+        let floats = [DType::F32, DType::F16, DType::BF16];
+        floats.into_iter().find(|&dtype| Self::dtype_name(dtype) == self.dtype)
+    }
+}
+
+impl Weights {
+    /// Checks that no two tensors have one name, in the files or after mapping names to canonical ones.
+    pub(super) fn new(origin: PathBuf, sources: Vec<Source>, mut tensors: Vec<TensorInfo>) -> Result<Self> {
+        tensors.sort_by(|a, b| (&a.name, a.file).cmp(&(&b.name, b.file)));
+        let mut canonical: HashMap<String, usize> = HashMap::new();
+        for (index, tensor) in tensors.iter().enumerate() {
+            let Some(name) = names::canonical(&tensor.name) else { continue };
+            if let Some(other) = canonical.insert(name, index) {
+                let other = &tensors[other];
+                let file = sources[other.file].path.display();
+                let problem = format!("`{}` and `{}` in {file} are the same tensor", tensor.name, other.name);
+                return Err(Error::checkpoint(&sources[tensor.file].path, problem));
+            }
+        }
+        let layout = Layout::detect(tensors.iter().map(|tensor| tensor.name.as_str()));
+        Ok(Weights { origin, layout, sources, tensors, canonical })
+    }
+
+    /// The matrix `[rows, cols]` called `name`.
+    pub fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<Weight> {
+        self.tensor(name, &[rows, cols])
+    }
+
+    /// The vector of `len` elements called `name`, as one row.
+    pub fn vector(&self, name: &str, len: usize) -> Result<Weight> {
+        self.tensor(name, &[len])
+    }
+
+    /// The tensor with the canonical name `name`, which must have this very shape. The first dimension
+    /// becomes the rows, all others the columns; a vector becomes one row.
+    pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<Weight> {
+        let spelt = || self.layout.spell(name);
+        let expected = || format!("F32, F16 or BF16 {shape:?}");
+        let Some(&index) = self.canonical.get(name) else {
+            let found = format!("no such tensor in {}{}", self.origin.display(), self.near(&spelt()));
+            return Err(Error::Tensor { name: spelt(), expected: expected(), found });
+        };
+        let tensor = &self.tensors[index];
+        let Some(dtype) = tensor.weight_dtype().filter(|_| tensor.shape == shape) else {
+            let file = self.file(tensor.file).display();
+            let found = format!("{} {:?} in {file}", tensor.dtype, tensor.shape);
+            return Err(Error::Tensor { name: tensor.name.clone(), expected: expected(), found });
+        };
+        let (rows, cols) = match *shape {
+            [] => (1, 1),
+            [len] => (1, len),
+            [rows, ref rest @ ..] => (rows, rest.iter().product()),
+        };
+        let storage = self.sources[tensor.file].storage.clone();
+        let bytes = WeightBytes::new(storage, tensor.offset, rows * cols * dtype.size());
+        let bytes = bytes.ok_or_else(|| {
+            Error::checkpoint(self.file(tensor.file), format!("ends within `{}`", tensor.name))
+        })?;
+        Ok(Weight { name: tensor.name.clone(), dtype, rows, cols, bytes })
+    }
+
+    /// Whether there is a tensor with this canonical name.
+    pub fn contains(&self, name: &str) -> bool {
+        self.canonical.contains_key(name)
+    }
+
+    /// All tensors by name, those included that no model uses.
+    pub fn tensors(&self) -> &[TensorInfo] {
+        &self.tensors
+    }
+
+    /// How this checkpoint spells its names.
+    pub fn layout(&self) -> Layout {
+        self.layout
+    }
+
+    /// The path of the file with this index, or a preset's name.
+    pub fn file(&self, index: usize) -> &Path {
+        &self.sources[index].path
+    }
+
+    /// What holds the bytes, one storage for each file.
+    pub fn storages(&self) -> impl Iterator<Item = &Arc<Storage>> {
+        self.sources.iter().map(|source| &source.storage)
+    }
+
+    /// Bytes of all tensors together.
+    pub fn bytes(&self) -> u64 {
+        self.tensors.iter().map(|tensor| tensor.bytes as u64).sum()
+    }
+
+    /// The three names most like `wanted`, by the length of what begins and ends alike.
+    fn near(&self, wanted: &str) -> String {
+        let alike = |name: &str| {
+            let pairs = || name.bytes().zip(wanted.bytes());
+            let backwards = name.bytes().rev().zip(wanted.bytes().rev());
+            pairs().take_while(|(a, b)| a == b).count() + backwards.take_while(|(a, b)| a == b).count()
+        };
+        let mut names: Vec<_> = self.tensors.iter().map(|tensor| tensor.name.as_str()).collect();
+        names.sort_by_key(|name| std::cmp::Reverse(alike(name)));
+        match names.len().min(3) {
+            0 => ", which holds no tensors".into(),
+            count => format!("; the nearest are `{}`", names[..count].join("`, `")),
+        }
+    }
+}

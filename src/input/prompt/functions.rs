@@ -45,8 +45,8 @@ fn raise_exception(message: String) -> Result<Value, Error> {
 }
 
 /// Python's `json.dumps(value, ensure_ascii=False, indent=indent)`.
-fn tojson(value: Value, options: Kwargs) -> Result<String, Error> {
-    let indent: Option<usize> = options.get("indent")?;
+fn tojson(value: Value, indent: Option<usize>, options: Kwargs) -> Result<String, Error> {
+    let indent = indent.or(options.get("indent")?);
     // Others (ensure_ascii, separators, sort_keys) are rare, and none changes what JSON is meant.
     let mut json = Vec::new();
     let written = match indent {
@@ -65,11 +65,19 @@ fn tojson(value: Value, options: Kwargs) -> Result<String, Error> {
 struct PythonFormatter;
 
 impl Formatter for PythonFormatter {
-    fn begin_array_value<W: ?Sized + std::io::Write>(&mut self, w: &mut W, first: bool) -> std::io::Result<()> {
+    fn begin_array_value<W: ?Sized + std::io::Write>(
+        &mut self,
+        w: &mut W,
+        first: bool,
+    ) -> std::io::Result<()> {
         if first { Ok(()) } else { w.write_all(b", ") }
     }
 
-    fn begin_object_key<W: ?Sized + std::io::Write>(&mut self, w: &mut W, first: bool) -> std::io::Result<()> {
+    fn begin_object_key<W: ?Sized + std::io::Write>(
+        &mut self,
+        w: &mut W,
+        first: bool,
+    ) -> std::io::Result<()> {
         if first { Ok(()) } else { w.write_all(b", ") }
     }
 
@@ -85,8 +93,18 @@ fn strftime_now(format: String) -> Result<String, Error> {
 }
 
 const MONTHS: [&str; 12] = [
-    "January", "February", "March", "April", "May", "June", "July", "August", "September", "October",
-    "November", "December",
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
 ];
 const DAYS: [&str; 7] = ["Thursday", "Friday", "Saturday", "Sunday", "Monday", "Tuesday", "Wednesday"];
 
@@ -116,7 +134,8 @@ fn strftime(format: &str, seconds: u64) -> Result<String, Error> {
             Some('%') => out.push('%'),
             other => {
                 let found = other.map_or("%".into(), |c| format!("%{c}"));
-                let problem = format!("strftime_now: expected one of %Y%y%m%B%b%d%A%a%H%M%S%%, found {found}");
+                let problem =
+                    format!("strftime_now: expected one of %Y%y%m%B%b%d%A%a%H%M%S%%, found {found}");
                 return Err(Error::new(ErrorKind::InvalidOperation, problem));
             }
         }

@@ -90,7 +90,7 @@ impl Prompter {
             Some(user) => user,
             None => self.without_control_tokens(messages)?,
         };
-        let add_special = self.image_token.is_some() || self.template.name() == "vicuna";
+        let add_special = self.image_token.is_some() || self.template.is_built_in();
         let ids = self.tokenizer.encode_with_user_text(&rendered.text, &user, add_special)?;
         self.expand(&ids, tokens_per_image)
     }

@@ -116,10 +116,11 @@ enum Json {
     Fuse,
 }
 
+/// What a Replace looks for; the other kind, a regular expression, is not streamed.
 #[derive(Deserialize)]
-enum Pattern {
-    String(String),
-    Regex(String),
+struct Pattern {
+    #[serde(rename = "String")]
+    string: String,
 }
 
 impl Decoder {
@@ -149,10 +150,10 @@ impl Decoder {
         let (mut steps, mut byte_fallback, mut fused, mut stripped) = (Vec::new(), false, false, None);
         for decoder in chain {
             match decoder {
-                Json::Replace { pattern: Pattern::String(from), content }
-                    if !byte_fallback && !fused && !from.is_empty() =>
+                Json::Replace { pattern: Pattern { string }, content }
+                    if !byte_fallback && !fused && !string.is_empty() =>
                 {
-                    steps.push(Step::Replace(from, content));
+                    steps.push(Step::Replace(string, content));
                 }
                 Json::Metaspace { replacement, prepend_scheme } if !byte_fallback && !fused => {
                     steps.push(Step::Metaspace { mark: replacement, trim: prepend_scheme != "never" });

@@ -30,6 +30,7 @@ pub struct ChatTemplate {
     /// `bos_token` and its like, for the template to write.
     special_tokens: Map<String, Value>,
     takes: ContentForm,
+    built_in: bool,
 }
 
 /// The form of a message's content that a template reads; the other form it drops or fails on.
@@ -70,20 +71,28 @@ impl ChatTemplate {
                 return Self::compile(&file.display().to_string(), source, special_tokens);
             }
         }
-        Self::compile("vicuna", VICUNA.into(), special_tokens)
+        Self::vicuna(special_tokens)
     }
 
-    /// The template that a user names instead of the checkpoint's: `vicuna`, or a Jinja file.
+    /// The template that a user names instead of the checkpoint's: `vicuna`, or a Jinja file. The special
+    /// tokens it may write are still those of the checkpoint in `dir`.
     ///
     /// # Errors
     /// [`Error::Option`] if it is neither, [`Error::Template`] if it is malformed.
     pub fn named(name: &str, dir: &Path) -> Result<Self> {
-        let source = match name {
-            "vicuna" => VICUNA.into(),
-            file => read(Path::new(file))?
-                .ok_or_else(|| Error::option("--template", "vicuna or a Jinja file", file))?,
-        };
-        Self::compile(name, source, special_tokens(dir)?)
+        let special_tokens = special_tokens(dir)?;
+        if name == "vicuna" {
+            return Self::vicuna(special_tokens);
+        }
+        match read(Path::new(name))? {
+            Some(source) => Self::compile(name, source, special_tokens),
+            None => Err(Error::option("--template", "vicuna or a Jinja file", name)),
+        }
+    }
+
+    fn vicuna(special_tokens: Map<String, Value>) -> Result<Self> {
+        let template = Self::compile("vicuna", include_str!("vicuna.jinja").into(), special_tokens)?;
+        Ok(ChatTemplate { built_in: true, ..template })
     }
 
     fn compile(name: &str, source: String, special_tokens: Map<String, Value>) -> Result<Self> {
@@ -96,8 +105,13 @@ impl ChatTemplate {
         environment
             .add_template_owned("template", functions::without_generation_blocks(&source))
             .map_err(|e| template_error(name, &e))?;
-        let mut template =
-            ChatTemplate { name: name.into(), environment, special_tokens, takes: ContentForm::Either };
+        let mut template = ChatTemplate {
+            name: name.into(),
+            environment,
+            special_tokens,
+            takes: ContentForm::Either,
+            built_in: false,
+        };
         template.takes = template.probe();
         Ok(template)
     }
@@ -147,6 +161,11 @@ impl ChatTemplate {
         &self.name
     }
 
+    /// Whether this is no checkpoint's or user's template: it leaves BOS to the tokenizer.
+    pub(super) fn is_built_in(&self) -> bool {
+        self.built_in
+    }
+
     fn run(&self, messages: Value, parts: usize) -> Result<String> {
         let mut environment = self.environment.clone();
         environment.set_fuel(Some(FUEL + FUEL_PER_PART * parts as u64));
@@ -159,7 +178,7 @@ impl ChatTemplate {
             documents => (),
             ..minijinja::Value::from_serialize(&self.special_tokens)
         };
-        template.render_to_write(context, &mut out).map_err(|e| template_error(&self.name, &e))?;
+        template.render_captured_to(context, &mut out).map_err(|e| template_error(&self.name, &e))?;
         Ok(String::from_utf8_lossy(&out.0).into_owned())
     }
 
@@ -174,8 +193,6 @@ impl ChatTemplate {
         messages.iter().map(|m| json!({"role": m.role, "content": content(&m.content)})).collect()
     }
 }
-
-const VICUNA: &str = include_str!("vicuna.jinja");
 
 /// Parts for a template that reads lists; an inline image joins the texts on its sides.
 fn as_list(parts: &[Part], image_token: &str, user: &dyn Fn(&str) -> String) -> Value {
@@ -204,7 +221,8 @@ fn as_list(parts: &[Part], image_token: &str, user: &dyn Fn(&str) -> String) -> 
 fn as_string(parts: &[Part], image_token: &str, user: &dyn Fn(&str) -> String) -> String {
     let images = parts.iter().filter(|part| **part == Part::Image).count();
     let texts = as_list(parts, image_token, user);
-    let texts: Vec<&str> = texts.as_array().into_iter().flatten().filter_map(|t| t["text"].as_str()).collect();
+    let texts: Vec<&str> =
+        texts.as_array().into_iter().flatten().filter_map(|t| t["text"].as_str()).collect();
     format!("{image_token}\n").repeat(images) + &texts.join("\n")
 }
 
@@ -217,7 +235,8 @@ struct Marks {
 impl Marks {
     /// Private-use characters around a number: no case, no white space, nothing to escape.
     fn absent_from(messages: &[Message]) -> Self {
-        let marks = |n: u32| Marks { open: format!("\u{E000}{n}\u{E001}"), close: format!("\u{E001}{n}\u{E000}") };
+        let marks =
+            |n: u32| Marks { open: format!("\u{E000}{n}\u{E001}"), close: format!("\u{E001}{n}\u{E000}") };
         let is_absent = |marks: &Marks| {
             let mut texts = messages.iter().flat_map(Message::texts);
             !texts.any(|text| text.contains(&marks.open) || text.contains(&marks.close))
@@ -270,9 +289,8 @@ impl io::Write for Bounded {
 
 /// A template as JSON has it: a string, or a list of named ones, of which `default` is meant.
 fn default_source(template: &Value, file: &Path) -> Result<String> {
-    let named = |name: &str| {
-        template.as_array()?.iter().find(|entry| entry["name"] == name)?["template"].as_str()
-    };
+    let named =
+        |name: &str| template.as_array()?.iter().find(|entry| entry["name"] == name)?["template"].as_str();
     let source = template.as_str().or_else(|| named("default"));
     source.map(String::from).ok_or_else(|| Error::Config {
         file: file.into(),
@@ -293,8 +311,7 @@ fn special_tokens(dir: &Path) -> Result<Map<String, Value>> {
 /// The JSON object in `file`; empty if there is no such file.
 fn read_object(file: &Path) -> Result<Map<String, Value>> {
     let Some(text) = read(file)? else { return Ok(Map::new()) };
-    serde_json::from_str(&text)
-        .map_err(|e| Error::checkpoint(file, format!("expected a JSON object: {e}")))
+    serde_json::from_str(&text).map_err(|e| Error::checkpoint(file, format!("expected a JSON object: {e}")))
 }
 
 /// The text of `file`; `None` if there is no such file.
@@ -323,4 +340,3 @@ fn template_error(name: &str, error: &minijinja::Error) -> Error {
     }
     Error::Template { name: name.into(), problem }
 }
-

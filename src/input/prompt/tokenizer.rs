@@ -61,7 +61,9 @@ impl Tokenizer {
         let decoder = Decoder::of(inner.get_decoder()).map_err(&error)?;
         let added = inner.get_added_tokens_decoder();
         if let Some(id) = image_token.filter(|id| !added.contains_key(id)) {
-            return Err(error(format!("the model's image token is {id}, which is not among the added tokens")));
+            return Err(error(format!(
+                "the model's image token is {id}, which is not among the added tokens"
+            )));
         }
         let control = added.into_iter().filter(|(id, t)| t.special || Some(*id) == image_token).collect();
         let mut tokenizer = Tokenizer { inner, file: file.into(), decoder, control, bos: None };
@@ -182,7 +184,8 @@ impl Tokenizer {
         let mut plain = self.inner.clone();
         plain.set_encode_special_tokens(true);
         // The image token need not be marked special in the file; here it counts as such.
-        let control: Vec<_> = self.control.values().map(|t| AddedToken { special: true, ..t.clone() }).collect();
+        let control: Vec<_> =
+            self.control.values().map(|t| AddedToken { special: true, ..t.clone() }).collect();
         plain.add_special_tokens(&control);
         for (span, id) in self.added_spans(&plain, text)? {
             if !found.iter().any(|(other, _)| span.start < other.end && other.start < span.end) {

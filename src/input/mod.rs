@@ -1,0 +1,3 @@
+//! What goes into a model: prompts as token ids.
+
+pub mod prompt;

@@ -1,0 +1,342 @@
+//! Chat templates: the checkpoint's own Jinja program makes one text of a conversation.
+
+use std::io;
+use std::ops::Range;
+use std::path::Path;
+
+use minijinja::{AutoEscape, Environment, context};
+use serde_json::{Map, Value, json};
+
+use super::message::{Content, Message, Part};
+use super::{functions, message};
+use crate::error::{Error, Result};
+
+/// Instructions a template may execute: `FUEL` and `FUEL_PER_PART` more for each part of a message. Real
+/// templates need some ten thousand at the start (macros for tools) and about a hundred for a message.
+const FUEL: u64 = 200_000;
+const FUEL_PER_PART: u64 = 2_000;
+/// Nested macro calls and loops; real templates stay below ten.
+const RECURSION: usize = 64;
+/// The longest rendered text in bytes, some two hundred contexts of 4096 tokens.
+const MAX_RENDERED: usize = 4 << 20;
+/// The longest template, and configuration with a template in it; real ones have up to 30 kB.
+const MAX_FILE: u64 = 16 << 20;
+
+/// A compiled chat template with the special tokens it may name.
+pub struct ChatTemplate {
+    /// Where it came from, for errors and `inspect`.
+    name: String,
+    environment: Environment<'static>,
+    /// `bos_token` and its like, for the template to write.
+    special_tokens: Map<String, Value>,
+    takes: ContentForm,
+    built_in: bool,
+}
+
+/// The form of a message's content that a template reads; the other form it drops or fails on.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum ContentForm {
+    String,
+    List,
+    Either,
+}
+
+/// A rendered conversation.
+#[derive(Debug, PartialEq)]
+pub struct Rendered {
+    /// The whole text.
+    pub text: String,
+    /// The bytes of `text` that messages brought, as sorted, disjoint ranges; the others are the
+    /// template's. `None` if that cannot be told, because the template looks into the texts.
+    pub user: Option<Vec<Range<usize>>>,
+}
+
+impl ChatTemplate {
+    /// The template of the checkpoint in `dir`: `chat_template.jinja`, else `chat_template.json`, else
+    /// the one in `tokenizer_config.json`, else Vicuna's as LLaVA-1.5 has it.
+    ///
+    /// # Errors
+    /// [`Error::Template`] or [`Error::Config`] if the first of these that exists is malformed.
+    pub fn load(dir: &Path) -> Result<Self> {
+        let special_tokens = special_tokens(dir)?;
+        let jinja = dir.join("chat_template.jinja");
+        if let Some(source) = read(&jinja)? {
+            return Self::compile(&jinja.display().to_string(), source, special_tokens);
+        }
+        for name in ["chat_template.json", "tokenizer_config.json"] {
+            let file = dir.join(name);
+            let config = read_object(&file)?;
+            if let Some(template) = config.get("chat_template").filter(|template| !template.is_null()) {
+                let source = default_source(template, &file)?;
+                return Self::compile(&file.display().to_string(), source, special_tokens);
+            }
+        }
+        Self::vicuna(special_tokens)
+    }
+
+    /// The template that a user names instead of the checkpoint's: `vicuna`, or a Jinja file. The special
+    /// tokens it may write are still those of the checkpoint in `dir`.
+    ///
+    /// # Errors
+    /// [`Error::Option`] if it is neither, [`Error::Template`] if it is malformed.
+    pub fn named(name: &str, dir: &Path) -> Result<Self> {
+        let special_tokens = special_tokens(dir)?;
+        if name == "vicuna" {
+            return Self::vicuna(special_tokens);
+        }
+        match read(Path::new(name))? {
+            Some(source) => Self::compile(name, source, special_tokens),
+            None => Err(Error::option("--template", "vicuna or a Jinja file", name)),
+        }
+    }
+
+    fn vicuna(special_tokens: Map<String, Value>) -> Result<Self> {
+        let template = Self::compile("vicuna", include_str!("vicuna.jinja").into(), special_tokens)?;
+        Ok(ChatTemplate { built_in: true, ..template })
+    }
+
+    fn compile(name: &str, source: String, special_tokens: Map<String, Value>) -> Result<Self> {
+        let mut environment = Environment::new();
+        environment.set_trim_blocks(true);
+        environment.set_lstrip_blocks(true);
+        environment.set_auto_escape_callback(|_| AutoEscape::None);
+        environment.set_recursion_limit(RECURSION);
+        functions::add_to(&mut environment);
+        environment
+            .add_template_owned("template", functions::without_generation_blocks(&source))
+            .map_err(|e| template_error(name, &e))?;
+        let mut template = ChatTemplate {
+            name: name.into(),
+            environment,
+            special_tokens,
+            takes: ContentForm::Either,
+            built_in: false,
+        };
+        template.takes = template.probe();
+        Ok(template)
+    }
+
+    /// Which form of content the template shows. Text models are written for strings and fail on lists
+    /// or print their structure; LLaVA's are written for lists and silently drop strings.
+    fn probe(&self) -> ContentForm {
+        const TEXT: &str = "probe-text-3141592653";
+        const STRUCTURE: &str = "probe-structure-2718281828";
+        let shows = |content: Value| {
+            let text = self.run(json!([{"role": "user", "content": content}]), 1).unwrap_or_default();
+            text.contains(TEXT) && !text.contains(STRUCTURE)
+        };
+        match (shows(json!(TEXT)), shows(json!([{"type": "text", "text": TEXT, "extra": STRUCTURE}]))) {
+            (true, true) => ContentForm::Either,
+            (false, true) => ContentForm::List,
+            // A template that shows neither wants more than one user turn; most of those take strings.
+            (_, false) => ContentForm::String,
+        }
+    }
+
+    /// Renders a conversation, up to the point where the assistant speaks. Where the template has no
+    /// place of its own for an image, `image_token` is written.
+    ///
+    /// # Errors
+    /// [`Error::Template`] if the template fails, refuses the conversation, loops or writes without end;
+    /// [`Error::Prompt`] for a role that is no name.
+    pub fn render(&self, messages: &[Message], image_token: &str) -> Result<Rendered> {
+        for (i, message) in messages.iter().enumerate() {
+            message::check_role(&message.role, &format!("messages[{i}]"))?;
+        }
+        let parts = messages.iter().map(|m| 1 + m.texts().count() + m.images()).sum();
+        let as_is = |text: &str| text.to_string();
+        let text = self.run(self.messages(messages, image_token, &as_is), parts)?;
+
+        // The same once more with marks around the users' texts shows where they came to stand. A
+        // template that decides by the texts themselves may write something else: then nothing is known.
+        let marks = Marks::absent_from(messages);
+        let marked = self.run(self.messages(messages, image_token, &|text| marks.around(text)), parts);
+        let user = marked.ok().and_then(|marked| marks.find(&marked));
+        let user = user.filter(|(unmarked, _)| *unmarked == text).map(|(_, ranges)| ranges);
+        Ok(Rendered { text, user })
+    }
+
+    /// Where the template came from: a file, or `vicuna`.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Whether this is no checkpoint's or user's template: it leaves BOS to the tokenizer.
+    pub(super) fn is_built_in(&self) -> bool {
+        self.built_in
+    }
+
+    fn run(&self, messages: Value, parts: usize) -> Result<String> {
+        let mut environment = self.environment.clone();
+        environment.set_fuel(Some(FUEL + FUEL_PER_PART * parts as u64));
+        let template = environment.get_template("template").map_err(|e| template_error(&self.name, &e))?;
+        let mut out = Bounded(Vec::new());
+        let context = context! {
+            messages,
+            add_generation_prompt => true,
+            tools => (),
+            documents => (),
+            ..minijinja::Value::from_serialize(&self.special_tokens)
+        };
+        template.render_captured_to(context, &mut out).map_err(|e| template_error(&self.name, &e))?;
+        Ok(String::from_utf8_lossy(&out.0).into_owned())
+    }
+
+    /// The messages in the form that the template takes, `user` applied to each text.
+    fn messages(&self, messages: &[Message], image_token: &str, user: &dyn Fn(&str) -> String) -> Value {
+        let content = |content: &Content| match (content, self.takes) {
+            (Content::Text(text), ContentForm::List) => json!([{"type": "text", "text": user(text)}]),
+            (Content::Text(text), _) => json!(user(text)),
+            (Content::Parts(parts), ContentForm::String) => json!(as_string(parts, image_token, user)),
+            (Content::Parts(parts), _) => as_list(parts, image_token, user),
+        };
+        messages.iter().map(|m| json!({"role": m.role, "content": content(&m.content)})).collect()
+    }
+}
+
+/// Parts for a template that reads lists; an inline image joins the texts on its sides.
+fn as_list(parts: &[Part], image_token: &str, user: &dyn Fn(&str) -> String) -> Value {
+    let mut list: Vec<Value> = Vec::new();
+    let mut joins = false;
+    for part in parts {
+        let (text, inline) = match part {
+            Part::Image => {
+                list.push(json!({"type": "image"}));
+                joins = false;
+                continue;
+            }
+            Part::Text(text) => (user(text), false),
+            Part::InlineImage => (image_token.into(), true),
+        };
+        match list.last_mut().map(|last| &mut last["text"]) {
+            Some(Value::String(before)) if joins || inline => before.push_str(&text),
+            _ => list.push(json!({"type": "text", "text": text})),
+        }
+        joins = inline;
+    }
+    list.into()
+}
+
+/// Parts for a template that reads strings: images first, as LLaVA was trained, then the texts.
+fn as_string(parts: &[Part], image_token: &str, user: &dyn Fn(&str) -> String) -> String {
+    let images = parts.iter().filter(|part| **part == Part::Image).count();
+    let texts = as_list(parts, image_token, user);
+    let texts: Vec<&str> =
+        texts.as_array().into_iter().flatten().filter_map(|t| t["text"].as_str()).collect();
+    format!("{image_token}\n").repeat(images) + &texts.join("\n")
+}
+
+/// Two strings that stand in no message, to be put around what users wrote.
+struct Marks {
+    open: String,
+    close: String,
+}
+
+impl Marks {
+    /// Private-use characters around a number: no case, no white space, nothing to escape.
+    fn absent_from(messages: &[Message]) -> Self {
+        let marks =
+            |n: u32| Marks { open: format!("\u{E000}{n}\u{E001}"), close: format!("\u{E001}{n}\u{E000}") };
+        let is_absent = |marks: &Marks| {
+            let mut texts = messages.iter().flat_map(Message::texts);
+            !texts.any(|text| text.contains(&marks.open) || text.contains(&marks.close))
+        };
+        (0..).map(marks).find(is_absent).expect("a finite text lacks some number")
+    }
+
+    /// `text` with marks inside its outer white space, which templates trim and which is no token.
+    fn around(&self, text: &str) -> String {
+        let core = text.trim();
+        if core.is_empty() {
+            return text.into();
+        }
+        let start = text.len() - text.trim_start().len();
+        [&text[..start], &self.open, core, &self.close, &text[start + core.len()..]].concat()
+    }
+
+    /// The text without marks, and what stood between them; `None` if they are not in pairs.
+    fn find(&self, marked: &str) -> Option<(String, Vec<Range<usize>>)> {
+        let mut text = String::with_capacity(marked.len());
+        let mut ranges = Vec::new();
+        let mut sections = marked.split(&self.open);
+        text.push_str(sections.next()?);
+        for section in sections {
+            let (user, template) = section.split_once(&self.close)?;
+            ranges.push(text.len()..text.len() + user.len());
+            text.push_str(user);
+            text.push_str(template);
+        }
+        (!text.contains(&self.close)).then_some((text, ranges))
+    }
+}
+
+/// A buffer that refuses to grow beyond [`MAX_RENDERED`].
+struct Bounded(Vec<u8>);
+
+impl io::Write for Bounded {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.0.len() + bytes.len() > MAX_RENDERED {
+            return Err(io::Error::other(format!("the text is longer than {MAX_RENDERED} bytes")));
+        }
+        self.0.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// A template as JSON has it: a string, or a list of named ones, of which `default` is meant.
+fn default_source(template: &Value, file: &Path) -> Result<String> {
+    let named =
+        |name: &str| template.as_array()?.iter().find(|entry| entry["name"] == name)?["template"].as_str();
+    let source = template.as_str().or_else(|| named("default"));
+    source.map(String::from).ok_or_else(|| Error::Config {
+        file: file.into(),
+        key: "chat_template".into(),
+        expected: "a string, or a list of {name, template} with one named \"default\"".into(),
+        found: template.to_string().chars().take(200).collect(),
+    })
+}
+
+/// `bos_token` and its like of `tokenizer_config.json`, each a string or an object with `content`.
+fn special_tokens(dir: &Path) -> Result<Map<String, Value>> {
+    let config = read_object(&dir.join("tokenizer_config.json"))?;
+    let tokens = config.into_iter().filter(|(key, _)| key.ends_with("_token"));
+    let text = |value: Value| value.as_str().or(value["content"].as_str()).map(|text| json!(text));
+    Ok(tokens.filter_map(|(key, value)| Some((key, text(value)?))).collect())
+}
+
+/// The JSON object in `file`; empty if there is no such file.
+fn read_object(file: &Path) -> Result<Map<String, Value>> {
+    let Some(text) = read(file)? else { return Ok(Map::new()) };
+    serde_json::from_str(&text).map_err(|e| Error::checkpoint(file, format!("expected a JSON object: {e}")))
+}
+
+/// The text of `file`; `None` if there is no such file.
+fn read(file: &Path) -> Result<Option<String>> {
+    let text = match std::fs::metadata(file) {
+        Ok(found) if found.len() > MAX_FILE => {
+            let problem = format!("{} bytes long, expected at most {MAX_FILE}", found.len());
+            return Err(Error::checkpoint(file, problem));
+        }
+        Ok(_) => std::fs::read_to_string(file),
+        Err(e) => Err(e),
+    };
+    match text {
+        Ok(text) => Ok(Some(text)),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(Error::io(file, e)),
+    }
+}
+
+fn template_error(name: &str, error: &minijinja::Error) -> Error {
+    let mut problem = error.to_string();
+    let mut cause = std::error::Error::source(error);
+    while let Some(inner) = cause {
+        problem = format!("{problem}: {inner}");
+        cause = inner.source();
+    }
+    Error::Template { name: name.into(), problem }
+}

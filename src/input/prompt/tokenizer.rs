@@ -1,0 +1,244 @@
+//! `tokenizer.json`, exactly as written: text to ids, and the pieces that ids stand for.
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use tokenizers::tokenizer::normalizer::Range as Span;
+use tokenizers::{
+    AddedToken, Encoding, Model, NormalizedString, Normalizer, OffsetType, PreTokenizedString, PreTokenizer,
+    Token,
+};
+
+use super::stream::{Decoder, TextStream};
+use crate::error::{Error, Result};
+
+/// A tokenizer that fits its model: no id it makes is outside the vocabulary.
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    file: PathBuf,
+    decoder: Decoder,
+    /// Tokens that only a template or a raw prompt may write: the special ones and the image token.
+    control: HashMap<u32, AddedToken>,
+    /// The first special token that the post-processor puts before a text: BOS, for LLaMA.
+    bos: Option<u32>,
+}
+
+/// An added token in a text: the bytes it covers, and its id.
+type AddedSpan = (Range<usize>, u32);
+
+impl Tokenizer {
+    /// Reads `tokenizer.json`. Nothing is rewritten (`legacy` flags of other files are not looked at);
+    /// truncation and padding are switched off, because a prompt is one sequence and must stay whole.
+    /// `image_token` is the id of the model's image placeholder.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] if the file is missing or malformed, makes ids of `vocab_size` or more,
+    /// lacks the image token, or decodes in a way no LLaMA-family tokenizer does.
+    pub fn load(file: &Path, vocab_size: usize, image_token: Option<u32>) -> Result<Self> {
+        let error = |problem: String| Error::Tokenizer { file: file.into(), problem };
+        let bytes = std::fs::read(file).map_err(|e| match e.kind() {
+            std::io::ErrorKind::NotFound => error(
+                "not found; a checkpoint needs its tokenizer.json (a tokenizer.model alone is not read: \
+                 load it with transformers' AutoTokenizer and save it again)"
+                    .into(),
+            ),
+            _ => Error::io(file, e),
+        })?;
+        let mut inner = tokenizers::Tokenizer::from_bytes(bytes)
+            .map_err(|e| error(format!("expected a tokenizer as the `tokenizers` library writes it: {e}")))?;
+        inner.with_truncation(None).map_err(|e| error(e.to_string()))?;
+        inner.with_padding(None);
+
+        if let Some((token, id)) = inner.get_vocab(true).into_iter().max_by_key(|&(_, id)| id)
+            && id as usize >= vocab_size
+        {
+            return Err(error(format!(
+                "token {token:?} has id {id}, but the model's vocabulary ends before {vocab_size}; \
+                 use the tokenizer that belongs to this model"
+            )));
+        }
+        let decoder = Decoder::of(inner.get_decoder()).map_err(&error)?;
+        let added = inner.get_added_tokens_decoder();
+        if let Some(id) = image_token.filter(|id| !added.contains_key(id)) {
+            return Err(error(format!(
+                "the model's image token is {id}, which is not among the added tokens"
+            )));
+        }
+        let control = added.into_iter().filter(|(id, t)| t.special || Some(*id) == image_token).collect();
+        let mut tokenizer = Tokenizer { inner, file: file.into(), decoder, control, bos: None };
+        tokenizer.bos = tokenizer.ids("", &[], true)?.first().copied();
+        Ok(tokenizer)
+    }
+
+    /// The ids of `text`, special tokens in it recognised. With `add_special`, the special tokens that
+    /// the file asks for around a text (BOS) are added, unless the text begins with them already.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] if the tokenizer cannot represent the text.
+    pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
+        self.ids(text, &[], add_special)
+    }
+
+    /// As [`encode`](Self::encode), but no byte of the ranges `user` takes part in a control token.
+    /// Where none would, the result is that of `encode`.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] if the tokenizer cannot represent the text; [`Error::Prompt`] if a control
+    /// token in `user` has no other representation.
+    pub fn encode_with_user_text(
+        &self,
+        text: &str,
+        user: &[Range<usize>],
+        add_special: bool,
+    ) -> Result<Vec<u32>> {
+        self.ids(text, user, add_special)
+    }
+
+    /// The text of `ids` without special tokens.
+    pub fn decode(&self, ids: &[u32]) -> String {
+        let mut stream = TextStream::new(self);
+        let mut text: String = ids.iter().map(|&id| stream.push(id)).collect();
+        text.push_str(&stream.finish());
+        text
+    }
+
+    /// The token `id` as the vocabulary spells it; `None` if there is no such id.
+    pub fn token(&self, id: u32) -> Option<String> {
+        self.inner.id_to_token(id)
+    }
+
+    /// The control tokens (the special ones and the image placeholder) as they are written.
+    pub(super) fn control_tokens(&self) -> impl Iterator<Item = &str> {
+        self.control.values().map(|token| token.content.as_str())
+    }
+
+    /// What `id` adds to a text, before decoding: `None` for special tokens and for ids that are none.
+    pub(super) fn piece(&self, id: u32) -> Option<String> {
+        let token = self.inner.id_to_token(id)?;
+        (!self.inner.get_added_vocabulary().is_special_token(&token)).then_some(token)
+    }
+
+    pub(super) fn decoder(&self) -> &Decoder {
+        &self.decoder
+    }
+
+    fn ids(&self, text: &str, user: &[Range<usize>], add_special: bool) -> Result<Vec<u32>> {
+        let mut encoding = self.library(self.inner.encode(text, false))?;
+        let from_user = |(id, span): (&u32, &(usize, usize))| {
+            self.control.contains_key(id) && overlaps(&trimmed(text, span.0..span.1), user)
+        };
+        if encoding.get_ids().iter().zip(encoding.get_offsets()).any(from_user) {
+            encoding = self.encode_held(text, user)?;
+        }
+        let begun = self.bos.is_some() && encoding.get_ids().first().copied() == self.bos;
+        if add_special && !begun {
+            encoding = self.library(self.inner.post_process(encoding, None, true))?;
+        }
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// Encodes `text` with the control tokens of its template parts only. The library splits a text at
+    /// added tokens, then normalises, pre-tokenises and tokenises what lies between; here the same is
+    /// done with spans of our own choice, in one text, so that what depends on the position in it
+    /// (Metaspace's first word) and merges across a border of `user` come out as they would.
+    fn encode_held(&self, text: &str, user: &[Range<usize>]) -> Result<Encoding> {
+        let added = self.added_outside(text, user)?;
+        let encode = || -> tokenizers::Result<Encoding> {
+            let mut pieces = PreTokenizedString::from(text);
+            pieces.split(|_, whole| Ok(split_at(&whole, &added)))?;
+            if let Some(normalizer) = self.inner.get_normalizer() {
+                pieces.normalize(|piece| normalizer.normalize(piece))?;
+            }
+            if let Some(pre_tokenizer) = self.inner.get_pre_tokenizer() {
+                pre_tokenizer.pre_tokenize(&mut pieces)?;
+            }
+            pieces.tokenize(|piece| self.inner.get_model().tokenize(piece.get()))?;
+            pieces.into_encoding(None, 0, OffsetType::Byte)
+        };
+        let encoding = self.library(encode())?;
+        // A vocabulary may know a control token as an ordinary word as well (Unigram models do).
+        for (id, &(start, end)) in encoding.get_ids().iter().zip(encoding.get_offsets()) {
+            let Some(token) = self.control.get(id) else { continue };
+            let span = trimmed(text, start..end);
+            if token.content == text[span.clone()] && overlaps(&span, user) {
+                return Err(Error::Prompt(format!(
+                    "the text holds {:?}, which this tokenizer cannot write as plain text; remove it",
+                    token.content
+                )));
+            }
+        }
+        Ok(encoding)
+    }
+
+    /// The added tokens of `text` that hold: all those within its template parts, each part looked at
+    /// alone so that user text can neither make nor break one, and those anywhere that control nothing.
+    fn added_outside(&self, text: &str, user: &[Range<usize>]) -> Result<Vec<AddedSpan>> {
+        let mut found = Vec::new();
+        let mut start = 0;
+        for range in user.iter().cloned().chain([text.len()..text.len()]) {
+            let part = self.added_spans(&self.inner, &text[start..range.start])?;
+            found.extend(part.into_iter().map(|(span, id)| (span.start + start..span.end + start, id)));
+            start = range.end;
+        }
+        let mut plain = self.inner.clone();
+        plain.set_encode_special_tokens(true);
+        // The image token need not be marked special in the file; here it counts as such.
+        let control: Vec<_> =
+            self.control.values().map(|t| AddedToken { special: true, ..t.clone() }).collect();
+        plain.add_special_tokens(&control);
+        for (span, id) in self.added_spans(&plain, text)? {
+            if !found.iter().any(|(other, _)| span.start < other.end && other.start < span.end) {
+                found.push((span, id));
+            }
+        }
+        found.sort_by_key(|(span, _)| span.start);
+        Ok(found)
+    }
+
+    fn added_spans(&self, tokenizer: &tokenizers::Tokenizer, text: &str) -> Result<Vec<AddedSpan>> {
+        let encoding = self.library(tokenizer.encode(text, false))?;
+        let added = tokenizer.get_added_vocabulary().get_added_tokens_decoder();
+        let spans = encoding.get_ids().iter().zip(encoding.get_offsets());
+        let spans = spans.map(|(&id, &(start, end))| (start..end, id));
+        // Only a span that reads as the token is one: `<unk>` stands for anything.
+        let is_added = |(span, id): &AddedSpan| {
+            added.get(id).is_some_and(|t| text[span.clone()].trim() == t.content.trim())
+        };
+        Ok(spans.filter(is_added).collect())
+    }
+
+    fn library<T>(&self, result: tokenizers::Result<T>) -> Result<T> {
+        result.map_err(|e| Error::Tokenizer { file: self.file.clone(), problem: e.to_string() })
+    }
+}
+
+/// Cuts a text into added tokens and the pieces between them, in order.
+fn split_at(whole: &NormalizedString, added: &[AddedSpan]) -> Vec<(NormalizedString, Option<Vec<Token>>)> {
+    let mut pieces = Vec::new();
+    let slice = |range: Range<usize>| whole.slice(Span::Original(range));
+    let mut start = 0;
+    for (span, id) in added {
+        pieces.extend(slice(start..span.start).map(|piece| (piece, None)));
+        pieces.extend(slice(span.clone()).map(|piece| {
+            let token = Token::new(*id, piece.get().into(), (0, piece.get().len()));
+            (piece, Some(vec![token]))
+        }));
+        start = span.end;
+    }
+    pieces.extend(slice(start..whole.len_original()).map(|piece| (piece, None)));
+    pieces
+}
+
+/// `span` without the white space at its ends, which tokens that strip their surroundings cover.
+fn trimmed(text: &str, span: Range<usize>) -> Range<usize> {
+    let covered = &text[span.clone()];
+    let start = span.start + (covered.len() - covered.trim_start().len());
+    start..start + covered.trim().len()
+}
+
+/// Whether `span` shares a byte with one of the sorted, disjoint `ranges`.
+fn overlaps(span: &Range<usize>, ranges: &[Range<usize>]) -> bool {
+    let next = ranges.partition_point(|range| range.end <= span.start);
+    ranges.get(next).is_some_and(|range| range.start < span.end)
+}

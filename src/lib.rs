@@ -2,6 +2,7 @@
 pub mod backend;
 pub mod cli;
 pub mod error;
+pub mod folder;
 pub mod graph;
 pub mod input;
 pub mod model;

@@ -32,7 +32,7 @@ pub struct Preprocess {
 
 impl Preprocess {
     pub fn run(self) -> Result<()> {
-        let mut processor = model::preprocess_of(&Source::parse(&self.model)?)?;
+        let mut processor = model::load_preprocess(&Source::parse(&self.model)?)?;
         match self.image_mode {
             Mode::Auto => {}
             Mode::Crop => processor.mode = ImageMode::Crop,

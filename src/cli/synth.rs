@@ -4,7 +4,7 @@ use super::options::{Dtype, parse_size};
 use super::progress;
 use crate::error::Result;
 use crate::model::preset::Preset;
-use crate::model::synth;
+use crate::model::synth::{SynthOptions, synth};
 use clap::Args;
 use std::path::PathBuf;
 
@@ -34,8 +34,8 @@ impl Synth {
         let dtype = self.dtype.weights();
         let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
         let bar = progress::bar("writing weights", preset.bytes(dtype)?);
-        let options = synth::Options { dtype, seed: self.seed, shard_bytes: self.shard_size, threads };
-        synth::write(preset, &self.out, &options, &|done| bar.set_position(done))?;
+        let options = SynthOptions { dtype, seed: self.seed, shard_bytes: self.shard_size, threads };
+        synth(preset, &self.out, options, &|done| bar.set_position(done))?;
         bar.finish_and_clear();
         eprintln!("wrote {} to {}", preset.name, self.out.display());
         Ok(())

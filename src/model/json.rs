@@ -2,34 +2,21 @@
 //! asked for, or is an [`Error::Config`] that names the file and the key.
 
 use crate::error::{Error, Result};
+use crate::folder::Folder;
 use serde_json::{Map, Value};
-use std::fs::{self, File};
-use std::io::Read;
 use std::ops::RangeInclusive;
 use std::path::Path;
 
-/// Larger than any configuration or index in the wild (an index of 10,000 tensors has about 1 MB).
-const MAX_JSON_BYTES: u64 = 64 << 20;
-
-/// The whole of a regular file of at most 64 MiB. Anything else, a pipe for instance, could be read
-/// for ever.
-pub fn read_bytes(path: &Path) -> Result<Vec<u8>> {
-    let io = |source| Error::io(path, source);
-    let metadata = fs::metadata(path).map_err(io)?;
-    if !metadata.is_file() {
-        return Err(Error::checkpoint(path, "is not a regular file"));
-    }
-    let mut bytes = Vec::new();
-    File::open(path).map_err(io)?.take(MAX_JSON_BYTES + 1).read_to_end(&mut bytes).map_err(io)?;
-    if bytes.len() as u64 > MAX_JSON_BYTES {
-        return Err(Error::checkpoint(path, format!("is larger than {MAX_JSON_BYTES} bytes")));
-    }
-    Ok(bytes)
+/// The JSON object in the file `name` of `folder`, or `None` if there is no such file.
+pub fn find_object(folder: &Folder, name: &str) -> Result<Option<Map<String, Value>>> {
+    let bytes = folder.read(name)?;
+    bytes.map(|bytes| parse_object(&bytes, &folder.path(name))).transpose()
 }
 
-/// The JSON object in `path`.
-pub fn read_object(path: &Path) -> Result<Map<String, Value>> {
-    parse_object(&read_bytes(path)?, path)
+/// The JSON object in the file `name` of `folder`, which must be there.
+pub fn read_object(folder: &Folder, name: &str) -> Result<Map<String, Value>> {
+    find_object(folder, name)?
+        .ok_or_else(|| Error::io(folder.path(name), std::io::ErrorKind::NotFound.into()))
 }
 
 /// The JSON object in `bytes`, which came from `path`.

@@ -15,7 +15,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 /// A named set of dimensions.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Preset {
     /// The name, as the command line spells it.
     pub name: &'static str,
@@ -25,7 +25,7 @@ pub struct Preset {
     text: Llama,
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Tower {
     width: usize,
     ffn: usize,
@@ -34,7 +34,7 @@ struct Tower {
     image: usize,
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Llama {
     width: usize,
     ffn: usize,
@@ -153,6 +153,11 @@ impl Preset {
     /// Its configuration.
     pub fn config(&self, dtype: DType) -> Result<ModelConfig> {
         ModelConfig::from_json(&self.config_json(dtype), &self.origin())
+    }
+
+    /// Bytes of all its weights.
+    pub fn bytes(&self, dtype: DType) -> Result<u64> {
+        Ok(names::tensors(&self.config(dtype)?).iter().map(|spec| (spec.elements() * dtype.size()) as u64).sum())
     }
 
     /// The layout that its tensor names are spelt in.

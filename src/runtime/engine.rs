@@ -2,7 +2,7 @@
 
 use super::model::{LoadOptions, Model, Source};
 use super::request::{Completion, FinishReason, Input, Request, TokenLogProb};
-use super::sampling::{Sampling, log_probs};
+use super::sampling::log_probs;
 use super::sequence::{EncodedImage, Sequence};
 use super::session::{Advance, Session, SessionOptions, Want};
 use crate::error::{Error, Result};

@@ -13,6 +13,8 @@ use std::sync::Arc;
 pub enum Storage {
     /// A memory-mapped file, shared with every process that maps it.
     Mapped(memmap2::Mmap),
+    /// Bytes that are part of the program.
+    BuiltIn(&'static [u8]),
     /// Bytes read or made in memory.
     Owned(Box<[u8]>),
     /// Anonymous pages, for weights too large to be zeroed twice.
@@ -24,6 +26,7 @@ impl Storage {
     pub fn as_bytes(&self) -> &[u8] {
         match self {
             Storage::Mapped(map) => map,
+            Storage::BuiltIn(bytes) => bytes,
             Storage::Owned(bytes) => bytes,
             Storage::Anonymous(map) => map,
         }

@@ -13,7 +13,6 @@ mod stream;
 mod template;
 mod tokenizer;
 
-use std::path::Path;
 use std::sync::Arc;
 
 pub use expand::{ImageSpan, Prompt, expand};
@@ -24,6 +23,7 @@ pub use template::{ChatTemplate, Rendered};
 pub use tokenizer::Tokenizer;
 
 use crate::error::{Error, Result};
+use crate::folder::Folder;
 
 /// Makes prompts for one model.
 pub struct Prompter {
@@ -39,17 +39,17 @@ struct ImageToken {
 }
 
 impl Prompter {
-    /// Template and tokenizer of the checkpoint in `dir`. `vocab_size` is the number of rows of the
+    /// Template and tokenizer of the checkpoint in `folder`. `vocab_size` is the number of rows of the
     /// model's embedding, `image_token` the id of its image placeholder, `None` for a text model.
     ///
     /// # Errors
     /// [`Error::Tokenizer`], [`Error::Template`], [`Error::Config`] or [`Error::Io`] for a file that is
     /// malformed, or does not fit the model.
-    pub fn load(dir: &Path, vocab_size: usize, image_token: Option<u32>) -> Result<Self> {
-        let tokenizer = Tokenizer::load(&dir.join("tokenizer.json"), vocab_size, image_token)?;
+    pub fn load(folder: &Folder, vocab_size: usize, image_token: Option<u32>) -> Result<Self> {
+        let tokenizer = Tokenizer::load(folder, vocab_size, image_token)?;
         let image_token =
             image_token.map(|id| ImageToken { id, text: tokenizer.token(id).unwrap_or_default() });
-        Ok(Prompter { template: ChatTemplate::load(dir)?, tokenizer: Arc::new(tokenizer), image_token })
+        Ok(Prompter { template: ChatTemplate::load(folder)?, tokenizer: Arc::new(tokenizer), image_token })
     }
 
     /// The same with another template than the checkpoint's.

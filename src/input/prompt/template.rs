@@ -10,6 +10,7 @@ use serde_json::{Map, Value, json};
 use super::message::{Content, Message, Part};
 use super::{functions, message};
 use crate::error::{Error, Result};
+use crate::folder::{Folder, read_file};
 
 /// Instructions a template may execute: `FUEL` and `FUEL_PER_PART` more for each part of a message. Real
 /// templates need some ten thousand at the start (macros for tools) and about a hundred for a message.
@@ -19,8 +20,6 @@ const FUEL_PER_PART: u64 = 2_000;
 const RECURSION: usize = 64;
 /// The longest rendered text in bytes, some two hundred contexts of 4096 tokens.
 const MAX_RENDERED: usize = 4 << 20;
-/// The longest template, and configuration with a template in it; real ones have up to 30 kB.
-const MAX_FILE: u64 = 16 << 20;
 
 /// A compiled chat template with the special tokens it may name.
 pub struct ChatTemplate {
@@ -52,20 +51,21 @@ pub struct Rendered {
 }
 
 impl ChatTemplate {
-    /// The template of the checkpoint in `dir`: `chat_template.jinja`, else `chat_template.json`, else
+    /// The template of the checkpoint in `folder`: `chat_template.jinja`, else `chat_template.json`, else
     /// the one in `tokenizer_config.json`, else Vicuna's as LLaVA-1.5 has it.
     ///
     /// # Errors
     /// [`Error::Template`] or [`Error::Config`] if the first of these that exists is malformed.
-    pub fn load(dir: &Path) -> Result<Self> {
-        let special_tokens = special_tokens(dir)?;
-        let jinja = dir.join("chat_template.jinja");
-        if let Some(source) = read(&jinja)? {
-            return Self::compile(&jinja.display().to_string(), source, special_tokens);
+    pub fn load(folder: &Folder) -> Result<Self> {
+        const JINJA: &str = "chat_template.jinja";
+        let special_tokens = special_tokens(folder)?;
+        if let Some(bytes) = folder.read(JINJA)? {
+            let file = folder.path(JINJA);
+            return Self::compile(&file.display().to_string(), text(bytes, &file)?, special_tokens);
         }
         for name in ["chat_template.json", "tokenizer_config.json"] {
-            let file = dir.join(name);
-            let config = read_object(&file)?;
+            let file = folder.path(name);
+            let config = read_object(folder, name)?;
             if let Some(template) = config.get("chat_template").filter(|template| !template.is_null()) {
                 let source = default_source(template, &file)?;
                 return Self::compile(&file.display().to_string(), source, special_tokens);
@@ -75,17 +75,17 @@ impl ChatTemplate {
     }
 
     /// The template that a user names instead of the checkpoint's: `vicuna`, or a Jinja file. The special
-    /// tokens it may write are still those of the checkpoint in `dir`.
+    /// tokens it may write are still those of the checkpoint in `folder`.
     ///
     /// # Errors
     /// [`Error::Option`] if it is neither, [`Error::Template`] if it is malformed.
-    pub fn named(name: &str, dir: &Path) -> Result<Self> {
-        let special_tokens = special_tokens(dir)?;
+    pub fn named(name: &str, folder: &Folder) -> Result<Self> {
+        let special_tokens = special_tokens(folder)?;
         if name == "vicuna" {
             return Self::vicuna(special_tokens);
         }
-        match read(Path::new(name))? {
-            Some(source) => Self::compile(name, source, special_tokens),
+        match read_file(Path::new(name))? {
+            Some(bytes) => Self::compile(name, text(bytes, Path::new(name))?, special_tokens),
             None => Err(Error::option("--template", "vicuna or a Jinja file", name)),
         }
     }
@@ -301,34 +301,23 @@ fn default_source(template: &Value, file: &Path) -> Result<String> {
 }
 
 /// `bos_token` and its like of `tokenizer_config.json`, each a string or an object with `content`.
-fn special_tokens(dir: &Path) -> Result<Map<String, Value>> {
-    let config = read_object(&dir.join("tokenizer_config.json"))?;
+fn special_tokens(folder: &Folder) -> Result<Map<String, Value>> {
+    let config = read_object(folder, "tokenizer_config.json")?;
     let tokens = config.into_iter().filter(|(key, _)| key.ends_with("_token"));
     let text = |value: Value| value.as_str().or(value["content"].as_str()).map(|text| json!(text));
     Ok(tokens.filter_map(|(key, value)| Some((key, text(value)?))).collect())
 }
 
-/// The JSON object in `file`; empty if there is no such file.
-fn read_object(file: &Path) -> Result<Map<String, Value>> {
-    let Some(text) = read(file)? else { return Ok(Map::new()) };
-    serde_json::from_str(&text).map_err(|e| Error::checkpoint(file, format!("expected a JSON object: {e}")))
+/// The JSON object in a file; empty if there is no such file.
+fn read_object(folder: &Folder, name: &str) -> Result<Map<String, Value>> {
+    let Some(bytes) = folder.read(name)? else { return Ok(Map::new()) };
+    serde_json::from_slice(&bytes)
+        .map_err(|e| Error::checkpoint(folder.path(name), format!("expected a JSON object: {e}")))
 }
 
-/// The text of `file`; `None` if there is no such file.
-fn read(file: &Path) -> Result<Option<String>> {
-    let text = match std::fs::metadata(file) {
-        Ok(found) if found.len() > MAX_FILE => {
-            let problem = format!("{} bytes long, expected at most {MAX_FILE}", found.len());
-            return Err(Error::checkpoint(file, problem));
-        }
-        Ok(_) => std::fs::read_to_string(file),
-        Err(e) => Err(e),
-    };
-    match text {
-        Ok(text) => Ok(Some(text)),
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(e) => Err(Error::io(file, e)),
-    }
+/// The text in the bytes of `file`.
+fn text(bytes: Vec<u8>, file: &Path) -> Result<String> {
+    String::from_utf8(bytes).map_err(|_| Error::checkpoint(file, "expected UTF-8 text"))
 }
 
 fn template_error(name: &str, error: &minijinja::Error) -> Error {

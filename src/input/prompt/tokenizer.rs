@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use tokenizers::tokenizer::normalizer::Range as Span;
 use tokenizers::{
@@ -12,6 +12,7 @@ use tokenizers::{
 
 use super::stream::{Decoder, TextStream};
 use crate::error::{Error, Result};
+use crate::folder::Folder;
 
 /// A tokenizer that fits its model: no id it makes is outside the vocabulary.
 pub struct Tokenizer {
@@ -35,15 +36,16 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Tokenizer`] if the file is missing or malformed, makes ids of `vocab_size` or more,
     /// lacks the image token, or decodes in a way no LLaMA-family tokenizer does.
-    pub fn load(file: &Path, vocab_size: usize, image_token: Option<u32>) -> Result<Self> {
-        let error = |problem: String| Error::Tokenizer { file: file.into(), problem };
-        let bytes = std::fs::read(file).map_err(|e| match e.kind() {
-            std::io::ErrorKind::NotFound => error(
+    pub fn load(folder: &Folder, vocab_size: usize, image_token: Option<u32>) -> Result<Self> {
+        const FILE: &str = "tokenizer.json";
+        let file = folder.path(FILE);
+        let error = |problem: String| Error::Tokenizer { file: file.clone(), problem };
+        let bytes = folder.read(FILE)?.ok_or_else(|| {
+            error(
                 "not found; a checkpoint needs its tokenizer.json (a tokenizer.model alone is not read: \
                  load it with transformers' AutoTokenizer and save it again)"
                     .into(),
-            ),
-            _ => Error::io(file, e),
+            )
         })?;
         let mut inner = tokenizers::Tokenizer::from_bytes(bytes)
             .map_err(|e| error(format!("expected a tokenizer as the `tokenizers` library writes it: {e}")))?;
@@ -66,7 +68,7 @@ impl Tokenizer {
             )));
         }
         let control = added.into_iter().filter(|(id, t)| t.special || Some(*id) == image_token).collect();
-        let mut tokenizer = Tokenizer { inner, file: file.into(), decoder, control, bos: None };
+        let mut tokenizer = Tokenizer { inner, file, decoder, control, bos: None };
         tokenizer.bos = tokenizer.ids("", &[], true)?.first().copied();
         Ok(tokenizer)
     }

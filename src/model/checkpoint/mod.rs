@@ -6,6 +6,7 @@ mod header;
 use super::json;
 use super::weights::{Source, TensorInfo, Weights};
 use crate::error::{Error, Result};
+use crate::folder::Folder;
 use crate::tensor::Storage;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
@@ -26,37 +27,52 @@ pub enum LoadMode {
 }
 
 impl Weights {
-    /// Opens the safetensors checkpoint in `dir`: `model.safetensors`, or the shards that
+    /// Opens the safetensors checkpoint in `folder`: `model.safetensors`, or the shards that
     /// `model.safetensors.index.json` lists, or else the only `*.safetensors` file there is.
     ///
     /// # Errors
     /// [`Error::Io`] and [`Error::Checkpoint`], naming the file and the tensor: malformed headers,
     /// shards that are missing or contradict the index, two tensors of one name.
-    pub fn open(dir: &Path, mode: LoadMode) -> Result<Weights> {
+    pub fn open(folder: &Folder, mode: LoadMode) -> Result<Weights> {
+        match folder {
+            Folder::Directory(dir) => Self::open_directory(dir, mode),
+            Folder::BuiltIn { name, files } => Self::open_built_in(name, files),
+        }
+    }
+
+    fn open_directory(dir: &Path, mode: LoadMode) -> Result<Weights> {
         let found = find_files(dir)?;
         let mut sources = Vec::new();
         let mut tensors = Vec::new();
         for path in &found.files {
-            let storage = open_file(path, mode)?;
-            for entry in header::parse(storage.as_bytes(), path)? {
-                let header::Entry { name, dtype, shape, range } = entry;
-                let file = sources.len();
-                tensors.push(TensorInfo {
-                    name,
-                    dtype,
-                    shape,
-                    offset: range.start,
-                    bytes: range.len(),
-                    file,
-                });
-            }
-            sources.push(Source { path: path.clone(), storage: Arc::new(storage) });
+            add(Source { path: path.clone(), storage: Arc::new(open_file(path, mode)?) }, &mut sources, &mut tensors)?;
         }
         if let Some(index) = &found.index {
             index.check(&found.files, &tensors)?;
         }
         Weights::new(dir.into(), sources, tensors)
     }
+
+    /// The one safetensors file among files that are part of the program: used in place like any other.
+    fn open_built_in(name: &str, files: &[(&str, &'static [u8])]) -> Result<Weights> {
+        let (mut sources, mut tensors) = (Vec::new(), Vec::new());
+        for (file, bytes) in files.iter().filter(|(file, _)| file.ends_with(".safetensors")) {
+            let storage = Arc::new(Storage::BuiltIn(bytes));
+            add(Source { path: Path::new(name).join(file), storage }, &mut sources, &mut tensors)?;
+        }
+        Weights::new(name.into(), sources, tensors)
+    }
+}
+
+/// Adds a file and the tensors that its header lists.
+fn add(source: Source, sources: &mut Vec<Source>, tensors: &mut Vec<TensorInfo>) -> Result<()> {
+    let file = sources.len();
+    for entry in header::parse(source.storage.as_bytes(), &source.path)? {
+        let header::Entry { name, dtype, shape, range } = entry;
+        tensors.push(TensorInfo { name, dtype, shape, offset: range.start, bytes: range.len(), file });
+    }
+    sources.push(source);
+    Ok(())
 }
 
 /// The files of a checkpoint.
@@ -112,7 +128,8 @@ fn list(dir: &Path) -> Result<Vec<String>> {
 
 impl Index {
     fn read(dir: &Path, path: PathBuf) -> Result<Found> {
-        let root = json::read_object(&path)?;
+        let file = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        let root = json::read_object(&dir.into(), file)?;
         let wrong = |problem: String| Error::checkpoint(&path, problem);
         let map = root.get("weight_map").and_then(|map| map.as_object());
         let map = map.ok_or_else(|| wrong("has no object `weight_map`".into()))?;

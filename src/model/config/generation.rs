@@ -2,8 +2,8 @@
 
 use super::TextConfig;
 use crate::error::Result;
+use crate::folder::Folder;
 use crate::model::json::{self, Section};
-use std::path::Path;
 
 /// The checkpoint's own generation settings. The sampling fields are hints: a run is greedy
 /// unless its user asks for sampling.
@@ -32,14 +32,14 @@ pub struct GenerationConfig {
 }
 
 impl GenerationConfig {
-    /// Reads `generation_config.json` in `dir`. Without the file, or where it names no end token, the
+    /// Reads `generation_config.json` in `folder`. Without the file, or where it names no end token, the
     /// model's own end tokens hold; if it names some, as transformers does, only those.
-    pub fn load(dir: &Path, text: &TextConfig) -> Result<Self> {
-        let file = dir.join("generation_config.json");
-        if !file.exists() {
+    pub fn load(folder: &Folder, text: &TextConfig) -> Result<Self> {
+        const FILE: &str = "generation_config.json";
+        let Some(map) = json::find_object(folder, FILE)? else {
             return Ok(GenerationConfig { eos_token_ids: text.eos_token_ids.clone(), ..Default::default() });
-        }
-        let map = json::read_object(&file)?;
+        };
+        let file = folder.path(FILE);
         let root = Section::root(&file, &map);
         let one = |key| Ok(root.token_ids(key)?.and_then(|ids| ids.first().copied()));
         Ok(GenerationConfig {

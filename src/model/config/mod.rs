@@ -14,10 +14,11 @@ mod vision;
 pub use generation::GenerationConfig;
 pub use rope::{Rope, RopeScaling};
 pub use text::TextConfig;
-pub use vision::{Activation, VisionConfig};
+pub use vision::VisionConfig;
 
 use super::json::{self, MAX_TOKEN_ID, Section};
 use crate::error::Result;
+use crate::folder::Folder;
 use crate::tensor::DType;
 use serde_json::{Map, Value};
 use std::path::Path;
@@ -63,10 +64,10 @@ pub enum SelectStrategy {
 }
 
 impl ModelConfig {
-    /// Reads `config.json` in `dir`.
-    pub fn load(dir: &Path) -> Result<Self> {
-        let file = dir.join("config.json");
-        Self::from_json(&json::read_object(&file)?, &file)
+    /// Reads `config.json` in `folder`.
+    pub fn load(folder: &Folder) -> Result<Self> {
+        const FILE: &str = "config.json";
+        Self::from_json(&json::read_object(folder, FILE)?, &folder.path(FILE))
     }
 
     /// Reads a configuration that came from `file`, which is named in errors.

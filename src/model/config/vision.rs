@@ -3,6 +3,7 @@
 use super::{bounds, check_head_dim, split_heads};
 use crate::error::Result;
 use crate::model::json::Section;
+use crate::op::Activation;
 
 /// A CLIP vision tower: transformers' `CLIPVisionConfig`.
 #[derive(Clone, Debug, PartialEq)]
@@ -23,19 +24,10 @@ pub struct VisionConfig {
     pub image_size: usize,
     /// Pixels along either side of a patch; divides `image_size`.
     pub patch_size: usize,
-    /// Between the two layers of the MLP.
+    /// Between the two layers of the MLP: quick_gelu as OpenAI trained it, or the exact form.
     pub activation: Activation,
     /// Added to the variance in every LayerNorm.
     pub layer_norm_eps: f32,
-}
-
-/// The two activations that CLIP towers come with.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Activation {
-    /// `x * sigmoid(1.702 x)`, as OpenAI trained it.
-    QuickGelu,
-    /// The exact, erf form.
-    Gelu,
 }
 
 impl VisionConfig {
@@ -70,7 +62,7 @@ impl VisionConfig {
                 format!("a divisor of image_size, {image_size}, that makes at most {most} patches");
             return Err(section.error("patch_size", expected));
         }
-        let activations = [("quick_gelu", Activation::QuickGelu), ("gelu", Activation::Gelu)];
+        let activations = [("quick_gelu", Activation::QuickGelu), ("gelu", Activation::GeluErf)];
         Ok(VisionConfig {
             hidden_size,
             intermediate_size: section.size("intermediate_size", 3072, bounds::FFN)?,

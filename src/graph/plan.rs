@@ -4,7 +4,7 @@
 //! end. Values are placed largest first, each at the lowest offset that is free for its whole life.
 //! One more block, as large as the hungriest op asks for, is the workspace of all.
 
-use super::{Graph, Source};
+use super::{Graph, Source, ValueId};
 use crate::backend::Backend;
 use crate::tensor::Bindings;
 
@@ -59,6 +59,13 @@ impl Plan {
             .max()
             .unwrap_or(0);
         Plan { offsets, workspace: end, bytes: end + workspace.next_multiple_of(ALIGN), max }
+    }
+}
+
+impl Plan {
+    /// The offset of a value in the arena; `None` for a state.
+    pub fn offset(&self, value: ValueId) -> Option<usize> {
+        self.offsets[value.0]
     }
 }
 

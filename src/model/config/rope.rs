@@ -4,6 +4,7 @@
 use crate::error::Result;
 use crate::model::json::Section;
 use std::f32::consts::PI;
+use std::fmt;
 
 /// How fast the pairs of columns of a head turn.
 #[derive(Clone, Debug, PartialEq)]
@@ -36,6 +37,19 @@ pub enum RopeScaling {
         /// The context before it was stretched.
         original_positions: f32,
     },
+}
+
+impl fmt::Display for Rope {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "rotary base {}", self.theta)?;
+        match self.scaling {
+            RopeScaling::Default => Ok(()),
+            RopeScaling::Linear { factor } => write!(f, ", linear scaling by {factor}"),
+            RopeScaling::Llama3 { factor, original_positions, .. } => {
+                write!(f, ", llama3 scaling by {factor} from {original_positions} positions")
+            }
+        }
+    }
 }
 
 /// Larger than any rope setting in the wild, far below what overflows f32.

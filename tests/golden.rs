@@ -29,7 +29,8 @@ const CASES: [(&str, usize); 11] = [
 ];
 
 fn engine(case: &Case, backend: Arc<dyn Backend>) -> Engine {
-    let options = SessionOptions { all_logits: true, max_sequences: 4, ..SessionOptions::default() };
+    let kv_memory = Some(256 << 20);
+    let options = SessionOptions { all_logits: true, kv_memory, max_sequences: 4, ..Default::default() };
     let source = Source::Directory(case.model());
     let model = Model::load_on(backend, &source, &LoadOptions::default()).unwrap();
     let mut engine = Engine::new(Session::new(Arc::new(model), options).unwrap());

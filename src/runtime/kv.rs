@@ -45,6 +45,15 @@ impl KvPool {
         [k, k + self.pages * self.half_page]
     }
 
+    /// Writes `value` everywhere.
+    pub fn fill(&mut self, value: f32) {
+        let page = vec![value; self.half_page / ELEMENT];
+        for at in (0..self.buffer.bytes).step_by(self.half_page) {
+            // SAFETY: a whole half page of this pool; `&mut self`: no step runs meanwhile.
+            unsafe { self.backend.upload(self.buffer.addr + at, bytemuck::cast_slice(&page)) };
+        }
+    }
+
     /// Copies a page in every layer. `&mut self`: no step runs meanwhile.
     ///
     /// # Panics

@@ -387,6 +387,12 @@ impl Session {
         unsafe { self.model.backend().download(addr, bytemuck::cast_slice_mut(logits)) };
     }
 
+    /// Fills the whole KV cache with `value`, for tests of what must not be read.
+    #[doc(hidden)]
+    pub fn fill_kv(&mut self, value: f32) {
+        self.kv.fill(value);
+    }
+
     fn llama(&self) -> &Llama {
         self.model.llama()
     }

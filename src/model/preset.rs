@@ -77,13 +77,13 @@ pub const PRESETS: [Preset; 6] = [
     },
     Preset {
         name: "llava-tiny",
-        about: "2 layers with the head sizes of LLaVA-1.5, 64 image tokens, 3 MB in 16 bits",
+        about: "2 layers with the head sizes of LLaVA-1.5, 64 image tokens, 4 MB in 16 bits",
         vision: Some(Tower { width: 128, ffn: 256, layers: 2, heads: 2, image: 112 }),
         text: Llama { width: 256, ffn: 512, layers: 2, heads: 2, kv_heads: 2, vocab: 640 },
     },
     Preset {
         name: "llama-tiny",
-        about: "2 layers of grouped-query attention, text only, 2 MB in 16 bits",
+        about: "2 layers of grouped-query attention, text only, 3 MB in 16 bits",
         vision: None,
         text: Llama { width: 256, ffn: 512, layers: 2, heads: 4, kv_heads: 2, vocab: 640 },
     },
@@ -166,7 +166,8 @@ impl Preset {
     }
 
     /// Random weights on anonymous pages, one tensor after the other. `progress` is told of the bytes
-    /// made so far.
+    /// made so far. The pages are not reserved: that [`Preset::bytes`] fit in memory is for the caller
+    /// to see to.
     pub fn weights(&self, dtype: DType, seed: u64, threads: usize, progress: Progress) -> Result<Weights> {
         let specs = names::tensors(&self.config(dtype)?);
         let mut tensors = Vec::with_capacity(specs.len());

@@ -4,7 +4,6 @@
 
 use super::names::TensorSpec;
 use crate::tensor::DType;
-use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -13,7 +12,7 @@ use std::thread;
 /// Told of the bytes made so far, from any thread, every few MiB.
 pub type Progress<'a> = &'a (dyn Fn(u64) + Sync);
 
-/// The elements of one tensor: uniform on `center ± spread`.
+/// Makes the elements of one tensor, uniform on `center ± spread`.
 #[derive(Clone, Copy, Debug)]
 pub struct Generator {
     key: u64,
@@ -22,10 +21,11 @@ pub struct Generator {
     dtype: DType,
 }
 
-/// Elements converted together. A multiple of [`LANES`], small enough to stay in L1.
-const BLOCK: usize = 1024;
+/// Distinct values of a tensor. Few enough that a table of them stays in L1 and no element has to be
+/// converted on its own.
+const LEVELS: usize = 4096;
 
-/// Elements made from one hash, 16 bits each.
+/// Elements made from one hash, which has 16 bits for each.
 const LANES: usize = 4;
 
 impl Generator {
@@ -47,39 +47,41 @@ impl Generator {
         Generator { key: mix(seed ^ fnv1a(name)), center, spread: std * 3f32.sqrt(), dtype }
     }
 
-    /// Writes the elements from number `first`, a multiple of 1024, as little-endian bytes.
+    /// Writes the elements from number `first`, a multiple of 4, as little-endian bytes.
     pub fn fill(&self, first: usize, bytes: &mut [u8]) {
-        let size = self.dtype.size();
-        let mut values = [0f32; BLOCK];
-        for (block, out) in bytes.chunks_mut(BLOCK * size).enumerate() {
-            let values = &mut values[..out.len() / size];
-            self.values(first + block * BLOCK, values);
-            match self.dtype {
-                DType::F16 => {
-                    let mut halves = [f16::ZERO; BLOCK];
-                    halves[..values.len()].convert_from_f32_slice(values);
-                    out.copy_from_slice(bytemuck::cast_slice(&halves[..values.len()]));
-                }
-                DType::BF16 => {
-                    let mut halves = [bf16::ZERO; BLOCK];
-                    halves[..values.len()].convert_from_f32_slice(values);
-                    out.copy_from_slice(bytemuck::cast_slice(&halves[..values.len()]));
-                }
-                DType::F32 | DType::I32 => out.copy_from_slice(bytemuck::cast_slice(values)),
-            }
+        match self.dtype.size() {
+            2 => self.look_up::<2>(first, bytes),
+            _ => self.look_up::<4>(first, bytes),
         }
     }
 
-    fn values(&self, first: usize, values: &mut [f32]) {
-        debug_assert!(first.is_multiple_of(LANES));
-        let step = self.spread / 32768.0;
-        for (group, lanes) in values.chunks_mut(LANES).enumerate() {
-            let hash = mix(self.key.wrapping_add((first / LANES + group) as u64));
-            for (lane, value) in lanes.iter_mut().enumerate() {
-                let uniform = (hash >> (16 * lane)) as i16;
-                *value = self.center + (f32::from(uniform) + 0.5) * step;
+    fn look_up<const SIZE: usize>(&self, first: usize, bytes: &mut [u8]) {
+        let levels = self.levels::<SIZE>();
+        let mut counter = self.key.wrapping_add((first / LANES) as u64);
+        for group in bytes.chunks_mut(LANES * SIZE) {
+            let mut hash = mix(counter);
+            for element in group.chunks_exact_mut(SIZE) {
+                element.copy_from_slice(&levels[hash as usize % LEVELS]);
+                hash >>= 16;
             }
+            counter = counter.wrapping_add(1);
         }
+    }
+
+    /// The values in ascending order, encoded. Additions and products alone make them, which round
+    /// alike on every machine.
+    fn levels<const SIZE: usize>(&self) -> [[u8; SIZE]; LEVELS] {
+        std::array::from_fn(|level| {
+            let uniform = (2 * level + 1) as f32 / LEVELS as f32 - 1.0;
+            let value = self.center + uniform * self.spread;
+            let mut bytes = [0; SIZE];
+            match self.dtype {
+                DType::F16 => bytes.copy_from_slice(&f16::from_f32(value).to_le_bytes()),
+                DType::BF16 => bytes.copy_from_slice(&bf16::from_f32(value).to_le_bytes()),
+                DType::F32 | DType::I32 => bytes.copy_from_slice(&value.to_le_bytes()),
+            }
+            bytes
+        })
     }
 }
 
@@ -87,7 +89,7 @@ impl Generator {
 pub struct Job<'a> {
     /// Whose elements.
     pub generator: Generator,
-    /// A multiple of 1024.
+    /// A multiple of 4.
     pub first: usize,
     /// Where to.
     pub bytes: &'a mut [u8],
@@ -95,7 +97,7 @@ pub struct Job<'a> {
 
 /// Fills all jobs on `threads` threads, each taking [`CHUNK`] bytes at a time.
 pub fn fill<'a>(jobs: impl Iterator<Item = Job<'a>> + Send, threads: usize, progress: Progress) {
-    /// Large beside the cost of handing them out; a multiple of `BLOCK` elements.
+    /// Large beside the cost of handing them out; a multiple of 4 elements.
     const CHUNK: usize = 4 << 20;
     let chunks = jobs.flat_map(|Job { generator, first, bytes }| {
         let elements = CHUNK / generator.dtype.size();

@@ -107,7 +107,7 @@ fn write_shard(
     options: SynthOptions,
     progress: Progress,
 ) -> Result<()> {
-    /// Bytes made in parallel before they are written, a multiple of any block of the generator.
+    /// Bytes made in parallel before they are written.
     const BLOCK: usize = 64 << 20;
     let SynthOptions { dtype, seed, threads, .. } = options;
     let io = |source| Error::io(path, source);

@@ -77,7 +77,7 @@ impl ModelConfig {
             return Err(root.error("quantization_config", "none: weights are f16, bf16 or f32"));
         }
         match Family::of(&root)? {
-            Family::Llava => Self::llava(&root),
+            Family::Llava => Self::llava(&root, file),
             Family::Text => Ok(ModelConfig {
                 vision: None,
                 projector: None,
@@ -90,12 +90,10 @@ impl ModelConfig {
         }
     }
 
-    fn llava(root: &Section) -> Result<Self> {
+    fn llava(root: &Section, file: &Path) -> Result<Self> {
         let empty = Map::new();
-        let text = match root.child("text_config", "text_config.")? {
-            Some(section) => TextConfig::parse(&section, root)?,
-            None => TextConfig::parse(&Section::root(Path::new(""), &empty), root)?,
-        };
+        let text = root.child("text_config", "text_config.")?.unwrap_or(Section::root(file, &empty));
+        let text = TextConfig::parse(&text, root)?;
         let vision = match root.child("vision_config", "vision_config.")? {
             Some(section) => VisionConfig::parse(&section)?,
             None => VisionConfig::large_336(),

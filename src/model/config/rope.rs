@@ -66,9 +66,9 @@ impl Rope {
         let Some(section) = section else {
             return Ok(Rope { theta: theta as f32, scaling: RopeScaling::Default });
         };
-        section.positive("partial_rotary_factor", 1.0, 1.0).and_then(|part| {
-            (part == 1.0).then_some(()).ok_or_else(|| section.error("partial_rotary_factor", "1"))
-        })?;
+        if section.positive("partial_rotary_factor", 1.0, 1.0)? != 1.0 {
+            return Err(section.error("partial_rotary_factor", "1"));
+        }
         Ok(Rope {
             theta: section.positive("rope_theta", theta, MOST)? as f32,
             scaling: RopeScaling::parse(&section)?,

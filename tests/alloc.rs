@@ -1,12 +1,15 @@
 //! A step allocates nothing: forward pass and sampling, prefill chunk and decode, greedy and drawn.
 
-mod data;
-
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use tessera::graph::Control;
 use tessera::runtime::{Advance, LoadOptions, Model, Sampling, Session, SessionOptions, Source, Want};
+
+/// The folder of the goldens.
+fn data() -> std::path::PathBuf {
+    std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data")
+}
 
 /// Counts allocations of every thread while it is told to.
 struct Counting;
@@ -46,8 +49,8 @@ fn a_step_allocates_nothing() {
     assert!(count(|| drop(vec![1u8; 100])) > 0, "the counter counts");
     for (source, threads) in [
         (Source::Demo, 2),
-        (Source::Directory(data::folder().join("b_llava15_old_f16_sharded/model")), 1),
-        (Source::Directory(data::folder().join("j_llama_chatml_f32/model")), 3),
+        (Source::Directory(data().join("b_llava15_old_f16_sharded/model")), 1),
+        (Source::Directory(data().join("j_llama_chatml_f32/model")), 3),
     ] {
         let options = LoadOptions { threads: Some(threads), ..LoadOptions::default() };
         let model = Arc::new(Model::load(&source, &options).unwrap());

@@ -35,7 +35,7 @@ fn directory(files: &[Named]) -> TempDir {
 }
 
 fn open(dir: &TempDir) -> Result<Weights> {
-    Weights::open(dir.path(), LoadMode::Mmap)
+    Weights::open(&dir.path().into(), LoadMode::Mmap)
 }
 
 /// `model.norm.weight` of 2 f32, at 0, and one tensor more.
@@ -53,11 +53,11 @@ fn fixtures_and_the_demo_open_and_hold_what_their_configs_imply() {
     ];
     for (dir, layout, dtype, files) in cases {
         let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join(dir);
-        let config = ModelConfig::load(&dir).unwrap();
-        let generation = GenerationConfig::load(&dir, &config.text).unwrap();
+        let config = ModelConfig::load(&(&dir).into()).unwrap();
+        let generation = GenerationConfig::load(&(&dir).into(), &config.text).unwrap();
         assert_eq!(generation.eos_token_ids, [2]);
         for mode in [LoadMode::Mmap, LoadMode::Read] {
-            let weights = Weights::open(&dir, mode).unwrap();
+            let weights = Weights::open(&(&dir).into(), mode).unwrap();
             assert_eq!((weights.layout(), weights.storages().count()), (layout, files), "{}", dir.display());
             let specs = names::tensors(&config);
             let expected: Vec<_> = specs.iter().map(|spec| layout.spell(&spec.name)).collect();
@@ -216,7 +216,7 @@ fn headers_that_cannot_be_trusted_are_refused() {
     for (expected, bytes) in cases {
         let dir = directory(&[("model.safetensors", bytes)]);
         for mode in [LoadMode::Mmap, LoadMode::Read] {
-            match Weights::open(dir.path(), mode) {
+            match Weights::open(&dir.path().into(), mode) {
                 Err(Error::Checkpoint { file, problem }) => {
                     assert_eq!(file, dir.path().join("model.safetensors"));
                     assert!(problem.contains(expected), "expected `{expected}`, found `{problem}`");
@@ -349,7 +349,7 @@ fn directories_without_an_index_are_taken_as_far_as_they_are_clear() {
         assert!(error.contains(expected), "expected `{expected}`: {error}");
     }
     let dir = directory(&[]);
-    assert!(matches!(Weights::open(&dir.path().join("nowhere"), LoadMode::Mmap), Err(Error::Io { .. })));
+    assert!(matches!(Weights::open(&dir.path().join("nowhere").into(), LoadMode::Mmap), Err(Error::Io { .. })));
     fs::create_dir(dir.path().join("model.safetensors")).unwrap();
     assert!(open(&dir).unwrap_err().to_string().contains("is not a regular file"));
 }
@@ -366,7 +366,7 @@ fn pipes_are_refused_and_not_waited_for() {
         // SAFETY: `c_path` is a nul-terminated string that outlives the call.
         assert_eq!(unsafe { libc::mkfifo(c_path.as_ptr(), 0o600) }, 0, "{}", std::io::Error::last_os_error());
     }
-    let refused = [open(&dir).map(|_| ()), ModelConfig::load(dir.path()).map(|_| ())];
+    let refused = [open(&dir).map(|_| ()), ModelConfig::load(&dir.path().into()).map(|_| ())];
     for error in refused.map(Result::unwrap_err) {
         assert!(error.to_string().contains("is not a regular file"), "{error}");
     }
@@ -493,7 +493,7 @@ fn synth_writes_the_bytes_that_a_preset_makes() {
         let options = SynthOptions { dtype: DType::F16, seed: 3, shard_bytes, threads: 2 };
         synth(preset, dir.path(), options, &|_| ()).unwrap();
 
-        assert_eq!(ModelConfig::load(dir.path()).unwrap(), preset.config(DType::F16).unwrap());
+        assert_eq!(ModelConfig::load(&dir.path().into()).unwrap(), preset.config(DType::F16).unwrap());
         let written = open(&dir).unwrap();
         let made = random(name, DType::F16, 3, 1);
         assert_eq!(written.storages().count(), files, "{name}");

@@ -5,8 +5,9 @@ use proptest::prelude::*;
 use serde_json::{Map, Value, json};
 use std::path::Path;
 use tessera::Error;
+use tessera::op::Activation;
 use tessera::model::config::{
-    Activation, GenerationConfig, ModelConfig, Rope, RopeScaling, SelectStrategy, VisionConfig,
+    GenerationConfig, ModelConfig, Rope, RopeScaling, SelectStrategy, VisionConfig,
 };
 use tessera::tensor::DType;
 
@@ -309,9 +310,9 @@ fn end_tokens_come_from_the_generation_config_if_it_names_any() {
     let dir = tempfile::tempdir().unwrap();
     let load = |json: &str| {
         std::fs::write(dir.path().join("generation_config.json"), json).unwrap();
-        GenerationConfig::load(dir.path(), &text)
+        GenerationConfig::load(&dir.path().into(), &text)
     };
-    assert_eq!(GenerationConfig::load(dir.path(), &text).unwrap().eos_token_ids, [7, 8], "no file");
+    assert_eq!(GenerationConfig::load(&dir.path().into(), &text).unwrap().eos_token_ids, [7, 8], "no file");
     assert_eq!(load("{}").unwrap().eos_token_ids, [7, 8]);
     assert_eq!(load(r#"{"eos_token_id": 2}"#).unwrap().eos_token_ids, [2]);
     assert_eq!(load(r#"{"eos_token_id": [128001, 128009]}"#).unwrap().eos_token_ids, [128001, 128009]);

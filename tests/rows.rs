@@ -2,9 +2,7 @@
 //! batch or pages it came, on however many threads. And what follows from it: forks, continuations and
 //! batches that can be compared bit for bit.
 
-mod data;
-
-use data::folder;
+use std::path::Path;
 use std::sync::Arc;
 use tessera::graph::Control;
 use tessera::runtime::{Advance, LoadOptions, Model, Sampling, Sequence, Session, SessionOptions};
@@ -17,7 +15,7 @@ fn prompt(model: &Model, len: usize, salt: u32) -> Vec<u32> {
 }
 
 fn model(threads: usize) -> Arc<Model> {
-    let source = Source::Directory(folder().join("b_llava15_old_f16_sharded/model"));
+    let source = Source::Directory(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/b_llava15_old_f16_sharded/model"));
     let options = LoadOptions { threads: Some(threads), ..LoadOptions::default() };
     Arc::new(Model::load(&source, &options).unwrap())
 }

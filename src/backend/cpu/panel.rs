@@ -1,0 +1,219 @@
+//! Matrices as they lie in a checkpoint, read sixteen rows at a time: the one primitive under every
+//! matrix product here.
+//!
+//! Sixteen rows are read a 64-byte line each, widened to f32 and transposed in registers, so that what
+//! comes out is one vector per column with the rows in its lanes. `linear` multiplies it at once when
+//! there are few activation rows, and stores it as a panel that many rows share when there are many.
+//! Activations are packed by the same code: they are an f32 matrix like any other.
+
+use super::lanes::{LANES, Lanes};
+use crate::tensor::{DType, Weight};
+
+/// How many columns ahead of their use weights are asked for.
+const AHEAD: usize = 256;
+
+/// A matrix `[rows, cols]` of raw elements, row-major and dense, at any alignment; a vector has one
+/// row.
+#[derive(Clone, Copy, Debug)]
+pub struct Matrix<'a> {
+    /// `rows * cols` elements, or more.
+    pub bytes: &'a [u8],
+    /// How an element is stored: F32, F16 or BF16.
+    pub dtype: DType,
+    /// Output features of a linear layer, entries of a table.
+    pub rows: usize,
+    /// Input features of a linear layer.
+    pub cols: usize,
+}
+
+impl<'a> From<&'a Weight> for Matrix<'a> {
+    fn from(weight: &'a Weight) -> Self {
+        Matrix { bytes: weight.bytes.as_bytes(), dtype: weight.dtype, rows: weight.rows, cols: weight.cols }
+    }
+}
+
+impl<'a> Matrix<'a> {
+    /// An f32 matrix over activations.
+    pub fn f32(values: &'a [f32], rows: usize, cols: usize) -> Self {
+        Matrix { bytes: bytemuck::cast_slice(values), dtype: DType::F32, rows, cols }
+    }
+
+    /// Checks that the bytes are there, once, so that kernels need not.
+    ///
+    /// # Panics
+    /// If there are too few, or the elements are indices.
+    pub(super) fn assert_valid(&self) {
+        assert!(self.dtype != DType::I32, "a weight of indices");
+        let needed = self.rows * self.cols * self.dtype.size();
+        assert!(self.bytes.len() >= needed, "a weight of {} bytes, not {needed}", self.bytes.len());
+    }
+
+    /// Elements `at..at + n` of row `row`, `n <= 16`, as f32, the other lanes zero.
+    ///
+    /// # Safety
+    /// [`Matrix::assert_valid`] has passed, and the elements exist.
+    #[inline(always)]
+    pub(super) unsafe fn load<L: Lanes>(&self, lanes: L, row: usize, at: usize, n: usize) -> L::V {
+        let size = self.dtype.size();
+        let mut line = [0u8; 64];
+        // SAFETY: the caller vouches for the elements; short reads go through `line`.
+        unsafe {
+            let mut src = self.bytes.as_ptr().add((row * self.cols + at) * size);
+            if n < LANES {
+                std::ptr::copy_nonoverlapping(src, line.as_mut_ptr(), n * size);
+                src = line.as_ptr();
+            }
+            match self.dtype {
+                DType::F16 => lanes.load_f16(src),
+                DType::BF16 => lanes.load_bf16(src),
+                DType::F32 | DType::I32 => lanes.load(src.cast()),
+            }
+        }
+    }
+}
+
+/// How elements lie in the 32-bit words of a line.
+pub(super) trait Format {
+    const DTYPE: DType;
+    /// Elements in a word; the first lies in the low bits.
+    const PER_WORD: usize;
+    /// The elements of sixteen words; the second is meant only if there are two to a word.
+    fn split<L: Lanes>(lanes: L, words: L::Words) -> [L::V; 2];
+}
+
+pub(super) struct F32;
+pub(super) struct F16;
+pub(super) struct Bf16;
+
+impl Format for F32 {
+    const DTYPE: DType = DType::F32;
+    const PER_WORD: usize = 1;
+    #[inline(always)]
+    fn split<L: Lanes>(lanes: L, words: L::Words) -> [L::V; 2] {
+        [lanes.words_f32(words); 2]
+    }
+}
+
+impl Format for F16 {
+    const DTYPE: DType = DType::F16;
+    const PER_WORD: usize = 2;
+    #[inline(always)]
+    fn split<L: Lanes>(lanes: L, words: L::Words) -> [L::V; 2] {
+        lanes.words_f16(words)
+    }
+}
+
+impl Format for Bf16 {
+    const DTYPE: DType = DType::BF16;
+    const PER_WORD: usize = 2;
+    #[inline(always)]
+    fn split<L: Lanes>(lanes: L, words: L::Words) -> [L::V; 2] {
+        lanes.words_bf16(words)
+    }
+}
+
+/// Sixteen rows of a matrix, or what is left of them at its end.
+#[derive(Clone, Copy)]
+pub(super) struct RowGroup {
+    first: *const u8,
+    stride: usize,
+    /// How many of the sixteen exist, at least one; the others repeat the last.
+    pub rows: usize,
+    pub dtype: DType,
+}
+
+impl RowGroup {
+    /// Rows `row..row + 16` of `matrix`, of which at least the first exists.
+    #[inline(always)]
+    pub fn new(matrix: &Matrix<'_>, row: usize) -> Self {
+        let stride = matrix.cols * matrix.dtype.size();
+        let first = matrix.bytes[row * stride..].as_ptr();
+        RowGroup { first, stride, rows: LANES.min(matrix.rows - row), dtype: matrix.dtype }
+    }
+
+    /// The address of byte `offset` of each row.
+    #[inline(always)]
+    fn lines(&self, offset: usize) -> [*const u8; LANES] {
+        std::array::from_fn(|r| self.first.wrapping_add(r.min(self.rows - 1) * self.stride + offset))
+    }
+
+    /// The line at column `k`, of which `count` columns are wanted, transposed. Also asks for the line
+    /// a K-block further on, which a product needs next.
+    ///
+    /// # Safety
+    /// The group's matrix is valid, has dtype `F`, and columns `k..k + count`.
+    #[inline(always)]
+    pub unsafe fn columns<L: Lanes, F: Format>(&self, lanes: L, k: usize, count: usize) -> [L::Words; LANES] {
+        let size = F::DTYPE.size();
+        let lines = self.lines(k * size);
+        if count * size >= 64 {
+            for line in lines {
+                lanes.prefetch(line.wrapping_add(AHEAD * size));
+            }
+            // SAFETY: each row has `count` columns from `k` on, 64 bytes or more.
+            return unsafe { lanes.transpose_lines(&lines) };
+        }
+        let mut padded = [[0u8; 64]; LANES];
+        for (line, row) in lines.iter().zip(&mut padded) {
+            // SAFETY: each row has `count` columns from `k` on; they fit in a line.
+            unsafe { std::ptr::copy_nonoverlapping(*line, row.as_mut_ptr(), count * size) }
+        }
+        let lines = std::array::from_fn(|r| padded[r].as_ptr());
+        // SAFETY: each padded line has 64 bytes.
+        unsafe { lanes.transpose_lines(&lines) }
+    }
+
+    /// Writes columns `k..k + count` as f32 to `panel[count][width]`, `width <= 16` rows of each.
+    ///
+    /// # Safety
+    /// The group's matrix is valid and has the columns; `panel` has room for `count * width` elements.
+    #[inline(always)]
+    pub unsafe fn unpack<L: Lanes>(&self, lanes: L, k: usize, count: usize, panel: *mut f32, width: usize) {
+        // SAFETY: the caller's obligations, and the dtype of each arm is the group's.
+        unsafe {
+            match self.dtype {
+                DType::F16 => self.unpack_as::<L, F16>(lanes, k, count, panel, width),
+                DType::BF16 => self.unpack_as::<L, Bf16>(lanes, k, count, panel, width),
+                DType::F32 | DType::I32 => self.unpack_as::<L, F32>(lanes, k, count, panel, width),
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`RowGroup::unpack`], and the dtype is `F`.
+    #[inline(always)]
+    unsafe fn unpack_as<L: Lanes, F: Format>(
+        &self,
+        lanes: L,
+        k: usize,
+        count: usize,
+        panel: *mut f32,
+        width: usize,
+    ) {
+        let per_line = LANES * F::PER_WORD;
+        let mut done = 0;
+        while done < count {
+            let left = count - done;
+            // SAFETY: columns `k + done..k + count` exist.
+            let words = unsafe { self.columns::<L, F>(lanes, k + done, left) };
+            for (w, words) in words.into_iter().enumerate() {
+                let columns = F::split(lanes, words);
+                for (half, column) in columns.into_iter().enumerate().take(F::PER_WORD) {
+                    let at = F::PER_WORD * w + half;
+                    if at < left {
+                        // SAFETY: column `done + at` is one of `count`, and `panel` has room for it.
+                        unsafe {
+                            let dst = panel.add((done + at) * width);
+                            if width == LANES {
+                                lanes.store(dst, column)
+                            } else {
+                                lanes.store_first(dst, column, width)
+                            }
+                        }
+                    }
+                }
+            }
+            done += per_line;
+        }
+    }
+}

@@ -1,4 +1,5 @@
 //! Tessera
 pub mod error;
+pub mod input;
 pub mod tensor;
 pub use error::{Error, Result};

@@ -140,51 +140,46 @@ fn resizes_equal_pillow() {
 /// Pillow's two passes as plainly as they can be written: f64 weights to 22-bit fixed point, a whole
 /// picture between the passes.
 fn plain_resize(source: &Picture, width: usize, height: usize) -> Vec<u8> {
+    let wide = |picture: &Picture| plain_pass(picture, width);
+    let flat = |picture: &Picture| transposed(&plain_pass(&transposed(picture), height));
+    let (columns, rows) = (source.width as i64 - width as i64, source.height as i64 - height as i64);
+    if rows > 0 && 2 * columns < rows { wide(&flat(source)).rgb } else { flat(&wide(source)).rgb }
+}
+
+fn plain_pass(source: &Picture, width: usize) -> Picture {
     let cubic = |x: f64| match x.abs() {
         t if t < 1.0 => (1.5 * t - 2.5) * t * t + 1.0,
         t if t < 2.0 => (((t - 5.0) * t + 8.0) * t - 4.0) * -0.5,
         _ => 0.0,
     };
-    let pass = |length: usize, out: usize, at: &dyn Fn(usize, usize) -> i64| -> Vec<u8> {
-        let scale = length as f64 / out as f64;
-        let stretch = scale.max(1.0);
-        let mut result = vec![];
-        for position in 0..out {
-            let centre = (position as f64 + 0.5) * scale;
-            let taps: Vec<usize> = (0..length)
-                .filter(|&i| {
-                    i as i64 >= (centre - 2.0 * stretch + 0.5) as i64
-                        && (i as i64) < (centre + 2.0 * stretch + 0.5) as i64
-                })
-                .collect();
-            let weights: Vec<f64> =
-                taps.iter().map(|&i| cubic((i as f64 - centre + 0.5) * (1.0 / stretch))).collect();
-            let total: f64 = weights.iter().sum();
-            let mut sum = 1 << 21;
-            for (&i, weight) in taps.iter().zip(weights) {
-                let fixed = weight / total * 4194304.0;
-                sum += at(position, i) * (fixed + if fixed < 0.0 { -0.5 } else { 0.5 }) as i64;
-            }
-            result.push((sum >> 22).clamp(0, 255) as u8);
-        }
-        result
-    };
-    let mut wide = vec![0; width * source.height * 3];
-    for y in 0..source.height {
-        for c in 0..3 {
-            let line =
-                pass(source.width, width, &|_, i| source.rgb[(y * source.width + i) * 3 + c].into());
-            (0..width).for_each(|x| wide[(y * width + x) * 3 + c] = line[x]);
-        }
-    }
-    let mut result = vec![0; width * height * 3];
+    let scale = source.width as f64 / width as f64;
+    let stretch = scale.max(1.0);
+    let mut result = Picture { width, height: source.height, rgb: vec![0; width * source.height * 3] };
     for x in 0..width {
-        for c in 0..3 {
-            let line = pass(source.height, height, &|_, i| wide[(i * width + x) * 3 + c].into());
-            (0..height).for_each(|y| result[(y * width + x) * 3 + c] = line[y]);
+        let centre = (x as f64 + 0.5) * scale;
+        let (low, high) = (centre - 2.0 * stretch + 0.5, centre + 2.0 * stretch + 0.5);
+        let taps: Vec<usize> =
+            (0..source.width).filter(|&i| i as i64 >= low as i64 && (i as i64) < high as i64).collect();
+        let weights: Vec<f64> =
+            taps.iter().map(|&i| cubic((i as f64 - centre + 0.5) * (1.0 / stretch))).collect();
+        let total: f64 = weights.iter().sum();
+        for at in (0..source.height).flat_map(|y| [0, 1, 2].map(|c| (y, c))) {
+            let mut sum = 1 << 21;
+            for (&i, weight) in taps.iter().zip(&weights) {
+                let fixed = weight / total * 4194304.0;
+                let pixel: i64 = source.rgb[(at.0 * source.width + i) * 3 + at.1].into();
+                sum += pixel * (fixed + if fixed < 0.0 { -0.5 } else { 0.5 }) as i64;
+            }
+            result.rgb[(at.0 * width + x) * 3 + at.1] = (sum >> 22).clamp(0, 255) as u8;
         }
     }
     result
+}
+
+fn transposed(source: &Picture) -> Picture {
+    let pixel = |x: usize, y: usize| &source.rgb[(y * source.width + x) * 3..][..3];
+    let rgb = (0..source.width).flat_map(|x| (0..source.height).flat_map(move |y| pixel(x, y))).copied();
+    Picture { width: source.height, height: source.width, rgb: rgb.collect() }
 }
 
 /// The window of whole RGB rows.

@@ -1,5 +1,2 @@
-//! What goes into a model: image bytes to pixels, conversations to token ids. Knows nothing of models,
-//! devices or graphs.
-
+//! What a person hands in, turned into what the graphs read: pictures into pixels.
 pub mod image;
-pub mod prompt;

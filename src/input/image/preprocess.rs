@@ -123,7 +123,7 @@ impl Preprocess {
             rescale,
             normalise: fields.flag("do_normalize", true)?,
             mean: fields.per_channel("image_mean", CLIP_MEAN, |_| true, "3 numbers")?,
-            std: fields.per_channel("image_std", CLIP_STD, |std| std > 0.0, "3 numbers above 0")?,
+            std: fields.per_channel("image_std", CLIP_STD, |std| std as f32 > 0.0, "3 numbers above 0")?,
         })
     }
 

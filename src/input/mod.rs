@@ -1,2 +1,5 @@
-//! What a person hands in, turned into what the graphs read: pictures into pixels.
+//! What goes into a model: image bytes to pixels, conversations to token ids. Knows nothing of models,
+//! devices or graphs.
+
 pub mod image;
+pub mod prompt;

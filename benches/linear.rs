@@ -6,7 +6,7 @@ use memmap2::MmapMut;
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 use tessera::backend::cpu::lanes::{LANES, Lanes};
-use tessera::backend::cpu::linear::{Activation, Layer, Residual, linear, linear_workspace};
+use tessera::backend::cpu::linear::{Layer, Residual, linear, linear_workspace};
 use tessera::backend::cpu::machine::{Machine, Task};
 use tessera::backend::cpu::panel::Matrix;
 use tessera::backend::cpu::pool::Worker;
@@ -21,7 +21,11 @@ impl Task for FmaLoop {
     #[inline(always)]
     fn run<L: Lanes>(&self, lanes: L, _: Worker<'_>) {
         let (rows, groups) = L::TILE;
-        if rows * groups == 24 { chains::<L, 24>(lanes, self.steps) } else { chains::<L, 6>(lanes, self.steps) }
+        if rows * groups == 24 {
+            chains::<L, 24>(lanes, self.steps)
+        } else {
+            chains::<L, 6>(lanes, self.steps)
+        }
     }
 }
 
@@ -52,7 +56,8 @@ impl Task for ReadLoop<'_> {
         for block in worker.share(self.0.len() / 512) {
             for (i, sum) in sums.iter_mut().enumerate() {
                 // SAFETY: the block and its eight lines lie in the bytes.
-                *sum = lanes.add(*sum, unsafe { lanes.load(self.0.as_ptr().add(block * 512 + i * 64).cast()) });
+                *sum =
+                    lanes.add(*sum, unsafe { lanes.load(self.0.as_ptr().add(block * 512 + i * 64).cast()) });
             }
         }
         let mut line = [0f32; LANES];
@@ -114,11 +119,24 @@ fn gemm_crate(x: &[f32], w: &[f32], out: &mut [f32], (m, n, k): (usize, usize, u
     // SAFETY: the slices are [m, k], [n, k] and [m, n], row-major.
     unsafe {
         gemm::gemm(
-            m, n, k,
-            out.as_mut_ptr(), 1, n as isize, false,
-            x.as_ptr(), 1, k as isize,
-            w.as_ptr(), k as isize, 1,
-            0.0, 1.0, false, false, false,
+            m,
+            n,
+            k,
+            out.as_mut_ptr(),
+            1,
+            n as isize,
+            false,
+            x.as_ptr(),
+            1,
+            k as isize,
+            w.as_ptr(),
+            k as isize,
+            1,
+            0.0,
+            1.0,
+            false,
+            false,
+            false,
             gemm::Parallelism::Rayon(threads),
         )
     }
@@ -138,7 +156,15 @@ fn main() {
 
     println!("{} threads, {}", threads, machine.isa().name());
     println!("{:<34} {:>9}  {:>10}  {:>7}", "", "ms", "", "ceiling");
-    for (m, dtypes) in [(1, &[DType::BF16, DType::F16, DType::F32][..]), (4, &[DType::BF16, DType::F16]), (8, &[DType::BF16]), (16, &[DType::BF16]), (64, &[DType::BF16]), (577, &[DType::F16]), (640, &[DType::BF16, DType::F16, DType::F32])] {
+    for (m, dtypes) in [
+        (1, &[DType::BF16, DType::F16, DType::F32][..]),
+        (4, &[DType::BF16, DType::F16]),
+        (8, &[DType::BF16]),
+        (16, &[DType::BF16]),
+        (64, &[DType::BF16]),
+        (577, &[DType::F16]),
+        (640, &[DType::BF16, DType::F16, DType::F32]),
+    ] {
         let x: Vec<f32> = (0..m * k).map(|i| (i % 251) as f32 / 251.0 - 0.5).collect();
         let mut out = vec![0f32; m * n];
         let mut workspace = vec![0u8; linear_workspace(m, k, threads)];
@@ -150,8 +176,12 @@ fn main() {
             let (mut fma, mut read, mut time) = (0f64, 0f64, f64::INFINITY);
             for _ in 0..3 {
                 let steps = 24_000_000 / threads.min(4);
-                fma = fma.max((steps / 24 * 24 * 2 * LANES * threads) as f64 / median(3, || machine.run(&FmaLoop { steps })));
-                read = read.max(weights.map.len() as f64 / median(3, || machine.run(&ReadLoop(&weights.map))));
+                fma = fma.max(
+                    (steps / 24 * 24 * 2 * LANES * threads) as f64
+                        / median(3, || machine.run(&FmaLoop { steps })),
+                );
+                read =
+                    read.max(weights.map.len() as f64 / median(3, || machine.run(&ReadLoop(&weights.map))));
                 let runs = if m > 64 { 7 } else { 61 };
                 time = time.min(median(runs, || {
                     multiply(&machine, &x, weights.take(n, k, dtype), &mut out, &mut workspace)
@@ -164,10 +194,17 @@ fn main() {
             };
             println!(
                 "{id:<34} {:9.3}  {:6.1} {unit}  {:6.1} {:6.1} %",
-                time * 1e3, got / 1e9, roof / 1e9, 100.0 * got / roof
+                time * 1e3,
+                got / 1e9,
+                roof / 1e9,
+                100.0 * got / roof
             );
             let mut group = criterion.benchmark_group("cpu/linear");
-            group.throughput(if unit == "GB/s" { Throughput::Bytes(bytes as u64) } else { Throughput::Elements(flops as u64) });
+            group.throughput(if unit == "GB/s" {
+                Throughput::Bytes(bytes as u64)
+            } else {
+                Throughput::Elements(flops as u64)
+            });
             group.bench_function(format!("{m}x{n}x{k}/{dtype}"), |b| {
                 b.iter(|| multiply(&machine, &x, weights.take(n, k, dtype), &mut out, &mut workspace))
             });
@@ -176,7 +213,12 @@ fn main() {
         if m == 1 || m == 640 {
             let w = vec![0.5f32; n * k];
             let time = median(5, || gemm_crate(&x, &w, &mut out, (m, n, k), threads));
-            println!("{:<34} {:9.3}  {:6.1} GFLOP/s", format!("gemm crate {m}x{n}x{k}/f32"), time * 1e3, 2e-9 * (m * n * k) as f64 / time);
+            println!(
+                "{:<34} {:9.3}  {:6.1} GFLOP/s",
+                format!("gemm crate {m}x{n}x{k}/f32"),
+                time * 1e3,
+                2e-9 * (m * n * k) as f64 / time
+            );
         }
     }
 }

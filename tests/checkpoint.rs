@@ -349,7 +349,10 @@ fn directories_without_an_index_are_taken_as_far_as_they_are_clear() {
         assert!(error.contains(expected), "expected `{expected}`: {error}");
     }
     let dir = directory(&[]);
-    assert!(matches!(Weights::open(&dir.path().join("nowhere").into(), LoadMode::Mmap), Err(Error::Io { .. })));
+    assert!(matches!(
+        Weights::open(&dir.path().join("nowhere").into(), LoadMode::Mmap),
+        Err(Error::Io { .. })
+    ));
     fs::create_dir(dir.path().join("model.safetensors")).unwrap();
     assert!(open(&dir).unwrap_err().to_string().contains("is not a regular file"));
 }

@@ -26,7 +26,8 @@ fn stdout(output: &Output) -> String {
 /// The demo model answers every question about its sample pictures as it did when they were made.
 #[test]
 fn run_answers_from_any_directory() {
-    let answers: Value = serde_json::from_slice(&std::fs::read(asset("samples/answers.json")).unwrap()).unwrap();
+    let answers: Value =
+        serde_json::from_slice(&std::fs::read(asset("samples/answers.json")).unwrap()).unwrap();
     let mut asked = 0;
     for (picture, questions) in answers.as_object().unwrap() {
         for q in questions.as_array().unwrap() {
@@ -62,7 +63,17 @@ fn run_reports_json() {
     for key in keys {
         assert!(!object[key].is_null(), "{key}");
     }
-    for key in ["load", "image_decode", "preprocess", "vision", "projector", "prefill", "first_token", "decode", "total"] {
+    for key in [
+        "load",
+        "image_decode",
+        "preprocess",
+        "vision",
+        "projector",
+        "prefill",
+        "first_token",
+        "decode",
+        "total",
+    ] {
         assert!(object["timings_ms"][key].is_number(), "timings_ms.{key}");
     }
     assert_eq!(object["finish_reason"], "stop");
@@ -100,7 +111,8 @@ fn run_dumps_what_went_through() {
 #[test]
 fn sampling_is_repeatable_and_says_its_seed() {
     let image = asset("samples/scene3.png");
-    let base = ["run", "--image", image.as_str(), "--prompt", "Please describe the image.", "--temperature", "1.5"];
+    let base =
+        ["run", "--image", image.as_str(), "--prompt", "Please describe the image.", "--temperature", "1.5"];
     let run = |more: &[&str]| {
         let output = tessera(&[&base[..], more].concat());
         (stdout(&output), String::from_utf8(output.stderr).unwrap())
@@ -192,7 +204,9 @@ fn errors_are_for_people() {
 #[test]
 fn inspect_describes_models_and_graphs() {
     let card = stdout(&tessera(&["inspect"]));
-    for word in ["CLIP, 4 of 5 blocks", "64 tokens a picture", "vocabulary 640", "memory plan", "transformers 5"] {
+    for word in
+        ["CLIP, 4 of 5 blocks", "64 tokens a picture", "vocabulary 640", "memory plan", "transformers 5"]
+    {
         assert!(card.contains(word), "{word}: {card}");
     }
     for graph in ["vision", "prefill", "decode"] {
@@ -229,7 +243,8 @@ fn synth_writes_what_a_preset_is() {
     stdout(&tessera(&["synth", "--preset", "llava-tiny", "--out", &out, "--shard-size", "1MB"]));
     let image = asset("samples/scene1.png");
     let ids = |model: &str| {
-        let args = ["run", "--model", model, "--image", &image, "--prompt", "x", "--json", "--max-tokens", "8"];
+        let args =
+            ["run", "--model", model, "--image", &image, "--prompt", "x", "--json", "--max-tokens", "8"];
         let object: Value = serde_json::from_str(&stdout(&tessera(&args))).unwrap();
         object["token_ids"].clone()
     };

@@ -5,10 +5,10 @@ use proptest::prelude::*;
 use serde_json::{Map, Value, json};
 use std::path::Path;
 use tessera::Error;
-use tessera::op::Activation;
 use tessera::model::config::{
     GenerationConfig, ModelConfig, Rope, RopeScaling, SelectStrategy, VisionConfig,
 };
+use tessera::op::Activation;
 use tessera::tensor::DType;
 
 fn parse(config: Value) -> Result<ModelConfig, Error> {

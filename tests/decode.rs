@@ -102,7 +102,8 @@ fn every_pixel_layout_is_converted_as_pillow_does() {
         };
         check(true, size, "rgb");
         if case.get("stored").is_some() {
-            let turned = matches!(file.as_bytes()[4], b'5'..=b'8') || file == "xmp8.png" || file == "xmp6.jpg";
+            let turned =
+                matches!(file.as_bytes()[4], b'5'..=b'8') || file == "xmp8.png" || file == "xmp6.jpg";
             check(false, if turned { (size.1, size.0) } else { size }, "stored");
         } else {
             check(false, size, "rgb");
@@ -151,7 +152,11 @@ fn lying_headers_are_refused_before_anything_is_allocated() {
         ("60000x60000 PNG", png_header(60000, 60000), "at most"),
         ("PNG of 2^31 columns", png_header(1 << 30, 1 << 30), ""),
         ("PNG without rows", png_header(13, 0), ""),
-        ("60000x60000 JPEG", patch("grey.jpg", frame_header + 5, &[side.to_be_bytes(); 2].concat()), "at most"),
+        (
+            "60000x60000 JPEG",
+            patch("grey.jpg", frame_header + 5, &[side.to_be_bytes(); 2].concat()),
+            "at most",
+        ),
         ("60000x60000 GIF", patch("opaque.gif", 6, &[side.to_le_bytes(); 2].concat()), "at most"),
         ("60000x60000 BMP", patch("rgb.bmp", 18, &[u32::from(side).to_le_bytes(); 2].concat()), "at most"),
         ("BMP without rows", patch("rgb.bmp", 22, &[0; 4]), ""),

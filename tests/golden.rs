@@ -75,7 +75,11 @@ fn check(cases: &[(&str, usize)], backend: &dyn Fn() -> Arc<dyn Backend>) {
                 let expected = case.f32s(&format!("{r}.logits_all"));
                 worst.compare("logits_all", &answer.prompt_logits, &expected, request.logits_bound());
             }
-            assert_eq!(answer.token_ids, case.ids(&format!("{r}.greedy_tokens")), "{name} {r}: greedy tokens");
+            assert_eq!(
+                answer.token_ids,
+                case.ids(&format!("{r}.greedy_tokens")),
+                "{name} {r}: greedy tokens"
+            );
             let generated = greedy_logits(&mut engine, &ours, &answer.token_ids);
             let expected = case.f32s(&format!("{r}.greedy_logits"));
             worst.compare("greedy_logits", &generated, &expected, request.logits_bound());

@@ -3,8 +3,9 @@
 
 use half::{bf16, f16};
 use tessera::backend::cpu::lanes::Isa;
+use tessera::op::Activation;
 use tessera::backend::cpu::linear::{
-    Activation, K_BLOCK, Layer, Residual, gated_linear, linear, linear_workspace,
+    K_BLOCK, Layer, Residual, gated_linear, linear, linear_workspace,
 };
 use tessera::backend::cpu::machine::Machine;
 use tessera::backend::cpu::panel::Matrix;
@@ -310,7 +311,9 @@ fn layers_side_by_side() {
 fn gated_pairs() {
     let mut cases = Vec::new();
     for m in [1, 2, 14] {
-        for (n, gate, up) in [(40, DType::BF16, DType::BF16), (17, DType::F16, DType::F32), (3, DType::F32, DType::F32)] {
+        for (n, gate, up) in
+            [(40, DType::BF16, DType::BF16), (17, DType::F16, DType::F32), (3, DType::F32, DType::F32)]
+        {
             let layers = layers(&[(n, gate), (n, up)]);
             cases.push(Case { m, k: 130, layers, bias: m == 2, gated: true, ..PLAIN });
         }

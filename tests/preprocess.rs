@@ -184,7 +184,9 @@ fn transposed(source: &Picture) -> Picture {
 
 /// The window of whole RGB rows.
 fn cut(whole: &[u8], width: usize, columns: Range<usize>, rows: Range<usize>) -> Vec<u8> {
-    rows.flat_map(|y| &whole[(y * width + columns.start) * 3..(y * width + columns.end) * 3]).copied().collect()
+    rows.flat_map(|y| &whole[(y * width + columns.start) * 3..(y * width + columns.end) * 3])
+        .copied()
+        .collect()
 }
 
 proptest! {

@@ -15,7 +15,9 @@ fn prompt(model: &Model, len: usize, salt: u32) -> Vec<u32> {
 }
 
 fn model(threads: usize) -> Arc<Model> {
-    let source = Source::Directory(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/b_llava15_old_f16_sharded/model"));
+    let source = Source::Directory(
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/b_llava15_old_f16_sharded/model"),
+    );
     let options = LoadOptions { threads: Some(threads), ..LoadOptions::default() };
     Arc::new(Model::load(&source, &options).unwrap())
 }
@@ -203,7 +205,9 @@ fn a_cancelled_step_can_be_repeated() {
     let whole = in_chunks(&mut session, &ids, 128);
     let mut sequence = begin(&session, &ids);
     let control = Control::default();
-    session.step(&mut [Advance { sequence: &mut sequence, tokens: 20, want: Want::Nothing }], &control).unwrap();
+    session
+        .step(&mut [Advance { sequence: &mut sequence, tokens: 20, want: Want::Nothing }], &control)
+        .unwrap();
     control.cancel();
     let advance = Advance { sequence: &mut sequence, tokens: 30, want: Want::All };
     assert!(matches!(session.step(&mut [advance], &control), Err(tessera::Error::Cancelled)));

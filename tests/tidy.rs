@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 
 /// The modules in the order in which they may depend on each other. `input` stands beside `graph`: it
 /// knows errors, folders and tensors only.
-const ORDER: [&str; 10] = ["error", "folder", "tensor", "op", "backend", "graph", "model", "runtime", "cli", "main"];
+const ORDER: [&str; 10] =
+    ["error", "folder", "tensor", "op", "backend", "graph", "model", "runtime", "cli", "main"];
 
 fn sources(dir: &str) -> Vec<PathBuf> {
     let mut found = Vec::new();
@@ -43,9 +44,8 @@ fn code(text: &str) -> String {
 
 /// The top-level modules that `use crate::…` or `crate::…` paths name.
 fn uses(code: &str) -> BTreeSet<String> {
-    let names = |text: &str| -> String {
-        text.chars().take_while(|c| c.is_ascii_lowercase() || *c == '_').collect()
-    };
+    let names =
+        |text: &str| -> String { text.chars().take_while(|c| c.is_ascii_lowercase() || *c == '_').collect() };
     let mut found = BTreeSet::new();
     for (at, _) in code.match_indices("crate::") {
         let rest = &code[at + "crate::".len()..];

@@ -54,12 +54,7 @@ pub struct Prepared {
 
 impl Prepared {
     /// A weight at `addr` that lives as long as `owner`.
-    pub fn new(
-        weight: &Weight,
-        addr: usize,
-        row_stride: usize,
-        owner: Box<dyn Any + Send + Sync>,
-    ) -> Self {
+    pub fn new(weight: &Weight, addr: usize, row_stride: usize, owner: Box<dyn Any + Send + Sync>) -> Self {
         let ty = WeightType { rows: weight.rows, cols: weight.cols, dtype: weight.dtype };
         Prepared { ty, name: weight.name.clone(), addr, row_stride, owner }
     }

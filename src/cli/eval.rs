@@ -92,7 +92,8 @@ impl Eval {
                 images.insert(q.image.clone(), image);
             }
             let request = Request::ask(&q.question, &[images[&q.image].clone()])?;
-            let answer = engine.generate(&Request { max_tokens: Some(self.max_tokens), ..request }, |_| {})?;
+            let answer =
+                engine.generate(&Request { max_tokens: Some(self.max_tokens), ..request }, |_| {})?;
             if engine.control.is_cancelled() {
                 break;
             }

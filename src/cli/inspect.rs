@@ -72,13 +72,13 @@ impl Inspect {
                 };
                 let (chunk, context) = (session.prefill_chunk(), session.context());
                 if tokens == 0 || tokens > chunk || past >= context {
-                    let expected = format!("1 to {chunk} rows of a prefill, or less than {context} positions");
+                    let expected =
+                        format!("1 to {chunk} rows of a prefill, or less than {context} positions");
                     return Err(Error::option("--tokens", expected, self.tokens.unwrap_or(tokens)));
                 }
                 let max = session.language().plan().max;
                 let entries = (past + tokens).div_ceil(crate::op::PAGE);
-                let bindings =
-                    Bindings { tokens, outputs: 1, images: 0, table_entries: entries, ..max };
+                let bindings = Bindings { tokens, outputs: 1, images: 0, table_entries: entries, ..max };
                 (session.language(), bindings, KvExtent::of(past, tokens))
             }
         };
@@ -214,7 +214,11 @@ fn vision_lines(model: &Model, config: &ModelConfig) -> Vec<(&'static str, Strin
         ),
         (
             "image features",
-            format!("hidden state {}, {rows}: {} tokens a picture", layers.join(" and "), config.image_tokens()),
+            format!(
+                "hidden state {}, {rows}: {} tokens a picture",
+                layers.join(" and "),
+                config.image_tokens()
+            ),
         ),
         ("projector", format!("{} -> {} -> {}, exact GELU", p.input_size, p.hidden_size, p.hidden_size)),
         ("image mode", mode.unwrap_or("none").into()),

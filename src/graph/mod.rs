@@ -86,6 +86,11 @@ impl Graph {
         self.values[value.0].ty
     }
 
+    /// The value itself.
+    pub fn value(&self, value: ValueId) -> &Value {
+        &self.values[value.0]
+    }
+
     /// Keeps a value's memory from being reused, so that it can be read when the graph has run.
     pub fn keep(&mut self, value: ValueId) {
         self.values[value.0].kept = true;
@@ -194,12 +199,7 @@ impl Graph {
     pub fn shapes(&self, node: &Node, bindings: &Bindings) -> NodeShape {
         let bind = |&v: &ValueId| {
             let ty = self.ty(v);
-            crate::tensor::View {
-                addr: 0,
-                rows: ty.rows.bind(bindings),
-                cols: ty.cols,
-                dtype: ty.dtype,
-            }
+            crate::tensor::View { addr: 0, rows: ty.rows.bind(bindings), cols: ty.cols, dtype: ty.dtype }
         };
         NodeShape { ins: node.ins.iter().map(bind).collect(), outs: node.outs.iter().map(bind).collect() }
     }

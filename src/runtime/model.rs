@@ -143,8 +143,10 @@ impl Model {
         let (config, generation, weights) = match source {
             Source::Preset(preset) => {
                 let config = preset.config(options.preset_dtype)?;
-                let generation =
-                    GenerationConfig { eos_token_ids: config.text.eos_token_ids.clone(), ..Default::default() };
+                let generation = GenerationConfig {
+                    eos_token_ids: config.text.eos_token_ids.clone(),
+                    ..Default::default()
+                };
                 let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
                 let total = preset.bytes(options.preset_dtype)?;
                 let progress = |done| (options.progress)(done, total);
@@ -197,9 +199,9 @@ impl Model {
     /// # Errors
     /// [`Error::Prompt`] for a text model.
     pub fn preprocess(&self) -> Result<&Preprocess> {
-        self.preprocess.as_ref().ok_or_else(|| {
-            Error::Prompt(format!("{} is a text model; it takes no pictures", self.name))
-        })
+        self.preprocess
+            .as_ref()
+            .ok_or_else(|| Error::Prompt(format!("{} is a text model; it takes no pictures", self.name)))
     }
 
     /// Whether pictures are turned as their EXIF orientation says, as Hugging Face's loader does.

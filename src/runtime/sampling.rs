@@ -29,14 +29,8 @@ impl Default for Sampling {
 
 impl Sampling {
     /// Greedy decoding.
-    pub const GREEDY: Sampling = Sampling {
-        temperature: 0.0,
-        top_k: 0,
-        top_p: 1.0,
-        min_p: 0.0,
-        repetition_penalty: 1.0,
-        seed: 0,
-    };
+    pub const GREEDY: Sampling =
+        Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, repetition_penalty: 1.0, seed: 0 };
 
     /// Whether no random number is drawn.
     pub fn is_greedy(&self) -> bool {
@@ -83,8 +77,7 @@ pub fn log_probs(logits: &[f32], chosen: u32, top: usize) -> (f32, Vec<(u32, f32
     let log_prob = |id: u32| (logits[id as usize] as f64 - max - sum.ln()) as f32;
     let mut ids: Vec<u32> = (0..logits.len() as u32).collect();
     let top = top.min(ids.len());
-    let by_logit =
-        |&a: &u32, &b: &u32| logits[b as usize].total_cmp(&logits[a as usize]).then(a.cmp(&b));
+    let by_logit = |&a: &u32, &b: &u32| logits[b as usize].total_cmp(&logits[a as usize]).then(a.cmp(&b));
     if top > 0 && top < ids.len() {
         ids.select_nth_unstable_by(top - 1, by_logit);
     }

@@ -158,13 +158,8 @@ impl Session {
         let rope = rope_table(&model, max.context)?;
         let mut states = vec![rope.addr];
         states.extend((0..config.num_layers).flat_map(|layer| kv.layer(layer)));
-        let language = Executor::new(
-            model.language().clone(),
-            backend.clone(),
-            language_plan,
-            arena.clone(),
-            &states,
-        );
+        let language =
+            Executor::new(model.language().clone(), backend.clone(), language_plan, arena.clone(), &states);
         let vision = model
             .vision()
             .zip(vision_plan)
@@ -228,7 +223,9 @@ impl Session {
         sampling.validate()?;
         let vocab = self.model.config().text.vocab_size;
         if ids.is_empty() {
-            return Err(Error::Prompt("it has no tokens; write something, or let the tokenizer add BOS".into()));
+            return Err(Error::Prompt(
+                "it has no tokens; write something, or let the tokenizer add BOS".into(),
+            ));
         }
         if ids.len() > self.context() {
             let context = self.context();

@@ -46,9 +46,8 @@ impl Case {
     /// Reads a case.
     pub fn load(name: &str) -> Case {
         let folder = folder().join(name);
-        let read = |file: &str| {
-            std::fs::read(folder.join(file)).unwrap_or_else(|e| panic!("{name}/{file}: {e}"))
-        };
+        let read =
+            |file: &str| std::fs::read(folder.join(file)).unwrap_or_else(|e| panic!("{name}/{file}: {e}"));
         let json = serde_json::from_slice(&read("case.json")).unwrap();
         let expected = read("expected.safetensors");
         Case { folder, json, expected }

@@ -133,9 +133,8 @@ fn compute(op: &Op, ins: &[In], weights: &[Matrix], outs: &[View]) -> Vec<Vec<f6
             let mean = x.iter().sum::<f64>() / x.len() as f64;
             let var = x.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / x.len() as f64;
             let scale = 1.0 / (var + eps as f64).sqrt();
-            let affine = |(i, x): (usize, &f64)| {
-                (x - mean) * scale * weights[0].values[i] + weights[1].values[i]
-            };
+            let affine =
+                |(i, x): (usize, &f64)| (x - mean) * scale * weights[0].values[i] + weights[1].values[i];
             x.iter().enumerate().map(affine).collect()
         })],
         Op::RmsNorm { eps } => vec![rows(&ins[0], |x| rms_norm(x, &weights[0].values, eps))],

@@ -17,6 +17,7 @@ use super::lanes::{LANES, Lanes, Math};
 use super::machine::{Machine, Task};
 use super::panel::{Bf16, F16, F32, Format, Matrix, RowGroup};
 use super::pool::Worker;
+use crate::op::Activation;
 use crate::tensor::DType;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
@@ -37,17 +38,6 @@ const STRIP: usize = GROUPS * LANES;
 const ALIGNMENT: usize = 64;
 /// Floats in an unpacked group.
 const PANEL: usize = K_BLOCK * LANES;
-
-/// What is done to x Wᵀ + b before the residual is added.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Activation {
-    /// Nothing.
-    None,
-    /// x sigmoid(1.702 x).
-    QuickGelu,
-    /// x (1 + erf(x / sqrt 2)) / 2.
-    GeluErf,
-}
 
 /// What is added last.
 #[derive(Clone, Copy, Debug)]

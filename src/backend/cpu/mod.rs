@@ -17,13 +17,17 @@ pub mod sample;
 
 use super::{Backend, Buffer, Call, Prepared};
 use crate::error::{Error, Result};
-use crate::op::{Activation, Op, SAMPLE_PARAMS, Select, WeightType};
+use crate::op::{Activation, Op, Select, WeightType};
 use crate::tensor::{View, Weight};
+use attention::Heads;
 use lanes::Isa;
 use linear::{Layer, Residual};
 use machine::Machine;
 use panel::Matrix;
 use std::slice::{from_raw_parts, from_raw_parts_mut};
+
+/// Bytes behind every allocation that may be read.
+const SLACK: usize = 64;
 
 /// Most matrices that a linear op puts side by side.
 const MAX_MATRICES: usize = 4;
@@ -90,8 +94,9 @@ impl Backend for CpuBackend {
         if available > 0 && bytes as u64 > available {
             return Err(refuse("; lower --context, --kv-memory or --prefill-chunk"));
         }
-        // Anonymous pages are zero, page-aligned, and take memory when they are first written.
-        let map = memmap2::MmapMut::map_anon(bytes.max(1))
+        // Anonymous pages are zero, page-aligned, and take memory when they are first written. Attention
+        // reads whole vectors, so it may look up to one behind the last value of the last page.
+        let map = memmap2::MmapMut::map_anon(bytes + SLACK)
             .map_err(|error| refuse(&format!("; the system says: {error}")))?;
         Ok(Buffer::new(map.as_ptr() as usize, bytes, Box::new(map)))
     }
@@ -101,22 +106,22 @@ impl Backend for CpuBackend {
         Ok(Prepared::new(weight, addr, weight.row_stride(), Box::new(weight.bytes.clone())))
     }
 
-    fn workspace(&self, op: &Op, ins: &[View], weights: &[WeightType], outs: &[View]) -> usize {
+    fn workspace(&self, op: &Op, ins: &[View], weights: &[WeightType], _: &[View]) -> usize {
         let threads = self.threads();
         match *op {
-            Op::PatchEmbed { .. } => embed::patch_workspace(outs[0].rows, weights[0].cols, threads),
+            Op::PatchEmbed { image, patch } => {
+                embed::patch_workspace((image / patch).pow(2), weights[0].cols, threads)
+            }
             Op::Linear { .. } | Op::GatedLinear { .. } => {
                 linear::linear_workspace(ins[0].rows, ins[0].cols, threads)
             }
-            Op::Attention { heads, head_dim, rows, .. } => {
-                attention::dense_workspace(rows, heads, head_dim, threads)
-            }
-            Op::PagedAttention { head_dim, .. } => attention::paged_workspace(head_dim, threads),
+            Op::Attention { heads, head_dim, rows, .. } => attention::dense_workspace(rows, heads, head_dim),
             Op::Sample => ins[0].cols * size_of::<sample::Candidate>(),
             Op::LayerNorm { .. }
             | Op::RmsNorm { .. }
             | Op::AddRmsNorm { .. }
             | Op::RopeAppend { .. }
+            | Op::PagedAttention { .. }
             | Op::EmbedRows
             | Op::SelectRows { .. }
             | Op::L2Normalize => 0,
@@ -124,7 +129,9 @@ impl Backend for CpuBackend {
     }
 
     unsafe fn run(&self, call: &Call<'_>) {
-        todo!()
+        // SAFETY: the caller's obligations are those of `Operands`.
+        let operands = unsafe { Operands::new(call) };
+        operands.run(&self.machine);
     }
 
     unsafe fn upload(&self, addr: usize, bytes: &[u8]) {
@@ -140,5 +147,187 @@ impl Backend for CpuBackend {
     unsafe fn copy(&self, from: usize, to: usize, bytes: usize) {
         // SAFETY: the caller's obligation.
         unsafe { std::ptr::copy_nonoverlapping(from as *const u8, to as *mut u8, bytes) };
+    }
+}
+
+/// A call whose views may be turned into slices.
+struct Operands<'a> {
+    call: &'a Call<'a>,
+}
+
+impl<'a> Operands<'a> {
+    /// # Safety
+    /// Those of [`Backend::run`]: views are live, typed as `Op::infer` says, and apart from each other;
+    /// nobody else touches them while the operands live.
+    unsafe fn new(call: &'a Call<'a>) -> Self {
+        Operands { call }
+    }
+
+    /// One arm for each op: it hands slices to the op's room.
+    fn run(&self, machine: &Machine) {
+        let call = self.call;
+        match *call.op {
+            Op::PatchEmbed { image, patch } => {
+                let weights = embed::PatchWeights {
+                    conv: self.matrix(0),
+                    class: self.matrix(1),
+                    positions: self.matrix(2),
+                };
+                let workspace =
+                    embed::patch_workspace((image / patch).pow(2), weights.conv.cols, machine.threads());
+                let workspace = self.workspace(workspace);
+                embed::patch_embed(machine, (image, patch), self.floats(0), weights, self.out(0), workspace);
+            }
+            Op::LayerNorm { eps } => {
+                let norm = norm::Norm::Layer { gamma: self.matrix(0), beta: self.matrix(1), eps };
+                norm::norm(machine, norm, self.floats(0), call.ins[0].cols, None, self.out(0));
+            }
+            Op::RmsNorm { eps } => {
+                let norm = norm::Norm::Rms { gamma: self.matrix(0), eps };
+                norm::norm(machine, norm, self.floats(0), call.ins[0].cols, None, self.out(0));
+            }
+            Op::AddRmsNorm { eps } => {
+                let norm = norm::Norm::Rms { gamma: self.matrix(0), eps };
+                let add = Some((self.floats(1), self.out(0)));
+                norm::norm(machine, norm, self.floats(0), call.ins[0].cols, add, self.out(1));
+            }
+            Op::L2Normalize => {
+                norm::norm(machine, norm::Norm::L2, self.floats(0), call.ins[0].cols, None, self.out(0));
+            }
+            Op::Linear { act, bias, residual } => self.linear(machine, act, bias, residual),
+            Op::GatedLinear { bias } => {
+                let layer = |i| Layer { weight: self.matrix(i), bias: bias.then(|| self.matrix(2 + i)) };
+                let workspace = self.linear_workspace(machine);
+                linear::gated_linear(machine, self.floats(0), layer(0), layer(1), self.out(0), workspace);
+            }
+            Op::Attention { heads, head_dim, rows, causal } => {
+                let of = Heads { heads, kv_heads: heads, head_dim };
+                let workspace = self.workspace(attention::dense_workspace(rows, heads, head_dim));
+                attention::dense(machine, of, self.floats(0), (rows, causal), self.out(0), workspace);
+            }
+            Op::RopeAppend { heads, kv_heads, head_dim } => {
+                let operands = rope::Rope {
+                    qkv: self.floats(0),
+                    positions: self.indices(1),
+                    slots: self.indices(2),
+                    table: self.floats(3),
+                };
+                let pages = (self.state(4), self.state(5));
+                rope::rope_append(machine, Heads { heads, kv_heads, head_dim }, operands, pages, self.out(0));
+            }
+            Op::PagedAttention { heads, kv_heads, head_dim } => {
+                let operands = attention::Paged {
+                    q: self.floats(0),
+                    positions: self.indices(1),
+                    starts: self.indices(2),
+                    tables: self.indices(3),
+                    k: self.floats(4),
+                    v: self.floats(5),
+                };
+                attention::paged(machine, Heads { heads, kv_heads, head_dim }, operands, self.out(0));
+            }
+            Op::EmbedRows => {
+                let ids = (self.indices(0), self.indices(1));
+                embed::embed_rows(machine, ids, self.floats(2), self.matrix(0), self.out(0));
+            }
+            Op::SelectRows { select } => self.select(select),
+            Op::Sample => self.sample(),
+        }
+    }
+
+    fn linear(&self, machine: &Machine, act: Activation, bias: bool, residual: bool) {
+        let weights = self.call.weights.len();
+        let n = if bias { weights / 2 } else { weights };
+        let mut layers = [Layer { weight: self.matrix(0), bias: None }; MAX_MATRICES];
+        for (i, layer) in layers[..n].iter_mut().enumerate() {
+            *layer = Layer { weight: self.matrix(i), bias: bias.then(|| self.matrix(n + i)) };
+        }
+        let residual = if residual { Residual::Add(self.floats(1)) } else { Residual::None };
+        let workspace = self.linear_workspace(machine);
+        linear::linear(machine, self.floats(0), &layers[..n], (act, residual), self.out(0), workspace);
+    }
+
+    fn select(&self, select: Select) {
+        let out = self.out(0);
+        let width = self.call.outs[0].cols;
+        for (row, out) in out.chunks_exact_mut(width).enumerate() {
+            let (from, operands) = match select {
+                Select::Index => (self.indices(1)[row] as usize, 1),
+                Select::All => (row, self.call.ins.len()),
+                Select::Patches { rows } => {
+                    (row / (rows - 1) * rows + 1 + row % (rows - 1), self.call.ins.len())
+                }
+            };
+            let mut at = 0;
+            for i in 0..operands {
+                let cols = self.call.ins[i].cols;
+                out[at..at + cols].copy_from_slice(&self.floats(i)[from * cols..][..cols]);
+                at += cols;
+            }
+        }
+    }
+
+    fn sample(&self) {
+        let cols = self.call.ins[0].cols;
+        let scratch = self.workspace(cols * size_of::<sample::Candidate>());
+        let params = bytemuck::cast_slice(self.indices(1));
+        let words = cols.div_ceil(32);
+        let out: &mut [i32] = bytemuck::cast_slice_mut(self.out(0));
+        for (row, id) in out.iter_mut().enumerate() {
+            let logits = &self.floats(0)[row * cols..][..cols];
+            let seen = &bytemuck::cast_slice(self.indices(2))[row * words..][..words];
+            let scratch = bytemuck::cast_slice_mut(scratch);
+            *id = sample::sample(logits, &params[row], seen, scratch).map_or(-1, |id| id as i32);
+        }
+    }
+
+    fn linear_workspace(&self, machine: &Machine) -> &mut [u8] {
+        let x = &self.call.ins[0];
+        self.workspace(linear::linear_workspace(x.rows, x.cols, machine.threads()))
+    }
+
+    /// Operand `i` as numbers.
+    fn floats(&self, i: usize) -> &'a [f32] {
+        let view = &self.call.ins[i];
+        // SAFETY: `new`: the view is live and holds f32, which nobody writes meanwhile.
+        unsafe { from_raw_parts(view.addr as *const f32, view.len()) }
+    }
+
+    /// Operand `i` as indices.
+    fn indices(&self, i: usize) -> &'a [i32] {
+        let view = &self.call.ins[i];
+        // SAFETY: as for `floats`, and it holds i32.
+        unsafe { from_raw_parts(view.addr as *const i32, view.len()) }
+    }
+
+    /// Operand `i` as state that the op writes.
+    #[allow(clippy::mut_from_ref, reason = "each state is asked for once, by the one op that writes it")]
+    fn state(&self, i: usize) -> &'a mut [f32] {
+        let view = &self.call.ins[i];
+        // SAFETY: `new`: the view is live, and no other operand is the same pages.
+        unsafe { from_raw_parts_mut(view.addr as *mut f32, view.len()) }
+    }
+
+    /// Result `i`.
+    #[allow(clippy::mut_from_ref, reason = "each result is asked for once")]
+    fn out(&self, i: usize) -> &'a mut [f32] {
+        let view = &self.call.outs[i];
+        // SAFETY: `new`: results overlap nothing. An i32 result has the size and alignment of f32.
+        unsafe { from_raw_parts_mut(view.addr as *mut f32, view.len()) }
+    }
+
+    /// The first `bytes` of the workspace.
+    #[allow(clippy::mut_from_ref, reason = "the workspace is asked for once")]
+    fn workspace(&self, bytes: usize) -> &'a mut [u8] {
+        // SAFETY: `new`: the workspace is as large as `Backend::workspace` said, and overlaps nothing.
+        unsafe { from_raw_parts_mut(self.call.workspace as *mut u8, bytes) }
+    }
+
+    /// Weight `i`.
+    fn matrix(&self, i: usize) -> Matrix<'a> {
+        let weight = self.call.weights[i];
+        // SAFETY: `prepare` made the weight: its bytes are at this address as long as it lives.
+        let bytes = unsafe { from_raw_parts(weight.addr as *const u8, weight.ty.bytes()) };
+        Matrix { bytes, dtype: weight.ty.dtype, rows: weight.ty.rows, cols: weight.ty.cols }
     }
 }

@@ -17,18 +17,22 @@ pub struct Candidate {
     pub id: u32,
 }
 
-/// The token chosen from `logits` `[V]`. `seen` is a bit set over ids; `scratch` holds V candidates.
-pub fn sample(logits: &[f32], params: &SampleParams, seen: &[u32], scratch: &mut [Candidate]) -> u32 {
+/// The token chosen from `logits` `[V]`, or `None` if one of them is not finite. `seen` is a bit set
+/// over ids; `scratch` holds V candidates.
+pub fn sample(logits: &[f32], params: &SampleParams, seen: &[u32], scratch: &mut [Candidate]) -> Option<u32> {
+    if logits.iter().any(|x| !x.is_finite()) {
+        return None;
+    }
     let candidates = &mut scratch[..logits.len()];
     for (id, (slot, &logit)) in candidates.iter_mut().zip(logits).enumerate() {
         let is_seen = seen[id / 32] >> (id % 32) & 1 == 1;
         *slot = Candidate { score: penalised(logit, is_seen, params), id: id as u32 };
     }
     if params.temperature == 0.0 {
-        return argmax(candidates);
+        return Some(argmax(candidates));
     }
     let kept = survivors(candidates, params);
-    draw(&candidates[..kept], uniform(params))
+    Some(draw(&candidates[..kept], uniform(params)))
 }
 
 /// The number of survivors, which stand first in `candidates`, in ascending order of id, their scores
@@ -167,10 +171,7 @@ mod tests {
     #[test]
     fn philox_known_answers() {
         assert_eq!(philox([0; 4], [0; 2]), [0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8]);
-        assert_eq!(
-            philox([u32::MAX; 4], [u32::MAX; 2]),
-            [0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd]
-        );
+        assert_eq!(philox([u32::MAX; 4], [u32::MAX; 2]), [0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd]);
         assert_eq!(
             philox([0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344], [0xa4093822, 0x299f31d0]),
             [0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1]
@@ -181,10 +182,10 @@ mod tests {
     fn greedy_takes_the_lowest_of_equals_and_penalises_seen_ids() {
         let mut scratch = [Candidate { score: 0.0, id: 0 }; 4];
         let greedy = SampleParams { temperature: 0.0, ..PLAIN };
-        assert_eq!(sample(&[1.0, 3.0, 3.0, -1.0], &greedy, &[0], &mut scratch), 1);
+        assert_eq!(sample(&[1.0, 3.0, 3.0, -1.0], &greedy, &[0], &mut scratch), Some(1));
         let penalty = SampleParams { repetition_penalty: 2.0, ..greedy };
-        assert_eq!(sample(&[1.0, 3.0, 2.9, -1.0], &penalty, &[0b0010], &mut scratch), 2);
-        assert_eq!(sample(&[-1.0, -0.9, -5.0, -7.0], &penalty, &[0b0010], &mut scratch), 0);
+        assert_eq!(sample(&[1.0, 3.0, 2.9, -1.0], &penalty, &[0b0010], &mut scratch), Some(2));
+        assert_eq!(sample(&[-1.0, -0.9, -5.0, -7.0], &penalty, &[0b0010], &mut scratch), Some(0));
     }
 
     /// Draws over many positions follow the probabilities: a chi-square far below what a wrong order,
@@ -198,7 +199,7 @@ mod tests {
         const DRAWS: u32 = 40_000;
         for position in 0..DRAWS {
             let params = SampleParams { position, ..PLAIN };
-            counts[sample(&logits, &params, &[0], &mut scratch) as usize] += 1.0;
+            counts[sample(&logits, &params, &[0], &mut scratch).unwrap() as usize] += 1.0;
         }
         let chi: f64 = logits
             .iter()

@@ -145,7 +145,8 @@ fn read_cmyk_tiff(bytes: &[u8]) -> tiff::TiffResult<Vec<u8>> {
 
 /// The picture of `rgb` as stored, turned upright.
 fn upright(width: u32, height: u32, rgb: Vec<u8>, orientation: Orientation) -> Result<Picture, String> {
-    let stored = image::RgbImage::from_raw(width, height, rgb).ok_or("the decoder returned too few pixels")?;
+    let stored =
+        image::RgbImage::from_raw(width, height, rgb).ok_or("the decoder returned too few pixels")?;
     let mut turned = DynamicImage::ImageRgb8(stored);
     turned.apply_orientation(orientation);
     let (width, height) = (turned.width() as usize, turned.height() as usize);

@@ -142,7 +142,12 @@ impl Preprocess {
         if !self.crop && size != (self.side, self.side) {
             return Err(Error::image(
                 format!("of {}x{} pixels", picture.width, picture.height),
-                format!("resized to {}x{} without a crop, expected {side}x{side}", size.0, size.1, side = self.side),
+                format!(
+                    "resized to {}x{} without a crop, expected {side}x{side}",
+                    size.0,
+                    size.1,
+                    side = self.side
+                ),
             ));
         }
         let (columns, left) = self.kept(size.0);
@@ -266,7 +271,11 @@ impl Fields<'_> {
     fn wrong(&self, key: &str, expected: &str) -> Error {
         let found = self.get(key).map_or("absent".into(), |value| {
             let text = value.to_string();
-            if text.chars().count() > 80 { text.chars().take(80).chain("...".chars()).collect() } else { text }
+            if text.chars().count() > 80 {
+                text.chars().take(80).chain("...".chars()).collect()
+            } else {
+                text
+            }
         });
         Error::Config { file: self.file.into(), key: key.into(), expected: expected.into(), found }
     }
@@ -293,7 +302,8 @@ impl Fields<'_> {
         expected: &str,
     ) -> Result<[f64; 3]> {
         let Some(value) = self.get(key) else { return Ok(default) };
-        let numbers = value.as_array().map(|array| array.iter().filter_map(Value::as_f64).collect::<Vec<_>>());
+        let numbers =
+            value.as_array().map(|array| array.iter().filter_map(Value::as_f64).collect::<Vec<_>>());
         numbers
             .and_then(|numbers| <[f64; 3]>::try_from(numbers).ok())
             .filter(|numbers| numbers.iter().all(|&number| allowed(number)))
@@ -301,7 +311,8 @@ impl Fields<'_> {
     }
 
     fn side(&self, key: &str) -> Result<usize> {
-        let side = self.get(key).and_then(Value::as_u64).filter(|&side| (1..=MAX_SIDE as u64).contains(&side));
+        let side =
+            self.get(key).and_then(Value::as_u64).filter(|&side| (1..=MAX_SIDE as u64).contains(&side));
         side.map(|side| side as usize).ok_or_else(|| self.wrong(key, "a whole number from 1 to 4096"))
     }
 

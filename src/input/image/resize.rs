@@ -83,9 +83,7 @@ impl Filter {
             // Half open, so that a pixel on the border between two outputs counts once.
             Filter::Box if x > -0.5 && x <= 0.5 => 1.0,
             Filter::Bilinear if t < 1.0 => 1.0 - t,
-            Filter::Hamming if t < 1.0 => {
-                sinc(t) * (0.54 + 0.46 * (t * std::f64::consts::PI).cos())
-            }
+            Filter::Hamming if t < 1.0 => sinc(t) * (0.54 + 0.46 * (t * std::f64::consts::PI).cos()),
             Filter::Bicubic if t < 1.0 => ((A + 2.0) * t - (A + 3.0)) * t * t + 1.0,
             Filter::Bicubic if t < 2.0 => (((t - 5.0) * t + 8.0) * t - 4.0) * A,
             Filter::Lanczos if t < 3.0 => sinc(t) * sinc(t / 3.0),
@@ -145,10 +143,8 @@ pub fn resize_window(
     window: (Range<usize>, Range<usize>),
 ) -> Vec<u8> {
     let picture = canvas.picture;
-    let across =
-        Axis { canvas: canvas.size.0, at: canvas.at.0, picture: picture.width, out: size.0, filter };
-    let down =
-        Axis { canvas: canvas.size.1, at: canvas.at.1, picture: picture.height, out: size.1, filter };
+    let across = Axis { canvas: canvas.size.0, at: canvas.at.0, picture: picture.width, out: size.0, filter };
+    let down = Axis { canvas: canvas.size.1, at: canvas.at.1, picture: picture.height, out: size.1, filter };
     let (columns, rows) = window;
     let group = (TABLE / (3 * across.most_taps())).max(1);
     let mut result = vec![0; columns.len() * rows.len() * 3];

@@ -1,0 +1,400 @@
+//! The op case table: one row a shape, for tests and benches alike. A shape that was ever slow or wrong
+//! gets a line here.
+//!
+//! A case is an op with operand types and dtypes; its data come from a seed. [`Case::run`] runs it on any
+//! backend through a graph of one node, with guard rows around every buffer.
+
+use std::sync::Arc;
+use tessera::backend::Backend;
+use tessera::graph::{Control, Executor, GraphBuilder, Plan, Source};
+use tessera::op::{Activation, Op, PAGE, SAMPLE_PARAMS, SampleParams, Select};
+use tessera::tensor::{Bindings, DType, Rows, Storage, TensorType, Weight, WeightBytes};
+
+/// An op on given shapes.
+#[derive(Clone, Debug)]
+pub struct Case {
+    /// The op.
+    pub op: Op,
+    /// Operand types; symbolic rows are bound by `bindings`.
+    pub ins: Vec<TensorType>,
+    /// Shapes of the weights.
+    pub weights: Vec<[usize; 2]>,
+    /// How the weights are stored.
+    pub dtype: DType,
+    /// Row counts.
+    pub bindings: Bindings,
+    /// Positions that are cached before the first token row (paged ops).
+    pub past: usize,
+}
+
+impl std::fmt::Display for Case {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let rows = self.ins[0].rows.bind(&self.bindings);
+        write!(f, "{:?} {rows}x{}", self.op, self.ins[0].cols)?;
+        for [n, k] in &self.weights {
+            write!(f, " {n}x{k}")?;
+        }
+        write!(f, " {} past {}", self.dtype, self.past)
+    }
+}
+
+/// Numbers from a seed: splitmix64.
+pub struct Random(pub u64);
+
+impl Random {
+    /// The next word.
+    pub fn word(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        z ^ (z >> 31)
+    }
+
+    /// Between -1 and 1.
+    pub fn float(&mut self) -> f32 {
+        (self.word() >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+    }
+
+    /// Below `n`.
+    pub fn below(&mut self, n: usize) -> usize {
+        (self.word() % n as u64) as usize
+    }
+}
+
+/// The data of a case.
+pub struct Data {
+    /// One list of words for each operand; floats as their bits.
+    pub ins: Vec<Vec<u32>>,
+    /// The weights.
+    pub weights: Vec<Weight>,
+}
+
+/// What a backend made of a case: the bits of each result, then of each operand that is a KV cache.
+pub type Results = Vec<Vec<u32>>;
+
+impl Case {
+    /// Data from a seed. Weight bytes begin at an odd address, as nothing promises otherwise.
+    pub fn data(&self, seed: u64) -> Data {
+        let mut random = Random(seed);
+        let weights = self.weights.iter().map(|&[rows, cols]| self.weight(rows, cols, &mut random)).collect();
+        let mut ins: Vec<Vec<u32>> = self
+            .ins
+            .iter()
+            .map(|ty| {
+                let len = ty.rows.bind(&self.bindings) * ty.cols;
+                (0..len).map(|_| random.float().to_bits()).collect()
+            })
+            .collect();
+        self.fill_indices(&mut ins, &mut random);
+        Data { ins, weights }
+    }
+
+    fn weight(&self, rows: usize, cols: usize, random: &mut Random) -> Weight {
+        let mut bytes = vec![0u8];
+        for _ in 0..rows * cols {
+            let x = random.float();
+            match self.dtype {
+                DType::F32 => bytes.extend(x.to_le_bytes()),
+                DType::F16 => bytes.extend(half::f16::from_f32(x).to_le_bytes()),
+                DType::BF16 => bytes.extend(half::bf16::from_f32(x).to_le_bytes()),
+                DType::I32 => unreachable!(),
+            }
+        }
+        let len = bytes.len() - 1;
+        let storage = Arc::new(Storage::Owned(bytes.into_boxed_slice()));
+        let bytes = WeightBytes::new(storage, 1, len).unwrap();
+        Weight { name: format!("[{rows}, {cols}]"), dtype: self.dtype, rows, cols, bytes }
+    }
+
+    /// Index operands get indices that exist.
+    fn fill_indices(&self, ins: &mut [Vec<u32>], random: &mut Random) {
+        let tokens = self.bindings.tokens;
+        let mut table: Vec<u32> = (0..self.bindings.pages as u32).collect();
+        for i in (1..table.len()).rev() {
+            table.swap(i, random.below(i + 1));
+        }
+        let positions: Vec<u32> = (0..tokens).map(|t| (self.past + t) as u32).collect();
+        match self.op {
+            Op::RopeAppend { .. } => {
+                let slot = |&p: &u32| table[p as usize / PAGE] * PAGE as u32 + p % PAGE as u32;
+                ins[2] = positions.iter().map(slot).collect();
+                ins[1] = positions;
+            }
+            Op::PagedAttention { .. } => {
+                ins[1] = positions;
+                ins[2].fill(0);
+                ins[3].copy_from_slice(&table[..self.bindings.table_entries]);
+            }
+            Op::EmbedRows => {
+                let vocab = self.weights[0][0];
+                ins[0].iter_mut().for_each(|id| *id = random.below(vocab) as u32);
+                for (row, source) in ins[1].iter_mut().enumerate() {
+                    *source = if random.below(2) == 0 { u32::MAX } else { row as u32 };
+                }
+            }
+            Op::SelectRows { select: Select::Index } => {
+                ins[1].iter_mut().for_each(|row| *row = random.below(tokens) as u32);
+            }
+            Op::Sample => {
+                for words in ins[1].chunks_exact_mut(SAMPLE_PARAMS) {
+                    let params = SampleParams {
+                        temperature: 0.0,
+                        top_k: 0,
+                        top_p: 1.0,
+                        min_p: 0.0,
+                        repetition_penalty: 1.3,
+                        seed_low: 1,
+                        seed_high: 2,
+                        position: 3,
+                    };
+                    words.copy_from_slice(bytemuck::cast_slice(&[params]));
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// Runs the case.
+    pub fn run(&self, backend: Arc<dyn Backend>, data: &Data) -> Results {
+        let mut prepared = self.prepare(backend, data);
+        prepared.run();
+        prepared.results()
+    }
+
+    /// Puts the case on a backend, ready to run any number of times.
+    pub fn prepare(&self, backend: Arc<dyn Backend>, data: &Data) -> Prepared {
+        let mut b = GraphBuilder::new(&*backend);
+        let mut states = Vec::new();
+        let mut buffers = Vec::new();
+        let ins: Vec<_> = (0..self.ins.len())
+            .map(|i| {
+                let (ty, words) = (self.ins[i], &data.ins[i]);
+                if !matches!(ty.rows, Rows::Pages | Rows::Context) {
+                    return b.input("in", ty);
+                }
+                let buffer = backend.alloc("state", words.len() * 4).unwrap();
+                // SAFETY: the buffer was just allocated with this size.
+                unsafe { backend.upload(buffer.addr, bytemuck::cast_slice(words)) };
+                states.push(buffer.addr);
+                buffers.push((i, buffer));
+                b.state("state".into(), ty)
+            })
+            .collect();
+        let outs = b.push_all("op", self.op.clone(), &ins, &data.weights).unwrap();
+        outs.iter().for_each(|out| b.keep(*out));
+        let graph = Arc::new(b.finish());
+        let plan = Plan::new(&graph, &*backend, self.bindings);
+        let arena = Arc::new(backend.alloc("arena", plan.bytes).unwrap());
+        // What an op does not write, and what it reads before it writes, shows.
+        let poison = vec![f32::NAN.to_bits(); plan.bytes / 4];
+        // SAFETY: the arena was just allocated with at least this size.
+        unsafe { backend.upload(arena.addr, bytemuck::cast_slice(&poison)) };
+        let mut executor = Executor::new(graph.clone(), backend.clone(), plan, arena, &states);
+        for (&value, words) in ins.iter().zip(&data.ins) {
+            if graph.value(value).source == Source::Input {
+                executor.write(value, words);
+            }
+        }
+        Prepared { executor, outs, bindings: self.bindings, buffers, backend }
+    }
+}
+
+/// A case on a backend.
+pub struct Prepared {
+    executor: Executor,
+    outs: Vec<tessera::graph::ValueId>,
+    bindings: Bindings,
+    buffers: Vec<(usize, tessera::backend::Buffer)>,
+    backend: Arc<dyn Backend>,
+}
+
+impl Prepared {
+    /// Runs it once.
+    pub fn run(&mut self) {
+        // SAFETY: `fill_indices` named rows that exist; the states live in `buffers`, which is ours.
+        unsafe { self.executor.run(&self.bindings, &Control::default()).unwrap() };
+    }
+
+    /// The results, and the KV caches as they are now.
+    pub fn results(&self) -> Results {
+        let mut results: Results = self
+            .outs
+            .iter()
+            .map(|&out| {
+                let mut words = vec![0u32; self.executor.view(out, &self.bindings).len()];
+                self.executor.read(out, &self.bindings, &mut words);
+                words
+            })
+            .collect();
+        for (_, buffer) in &self.buffers {
+            let mut words = vec![0u32; buffer.bytes / 4];
+            // SAFETY: the whole of a buffer of ours; nothing runs.
+            unsafe { self.backend.download(buffer.addr, bytemuck::cast_slice_mut(&mut words)) };
+            results.push(words);
+        }
+        results
+    }
+}
+
+fn f32s(rows: Rows, cols: usize) -> TensorType {
+    TensorType::f32(rows, cols)
+}
+
+fn tokens(tokens: usize) -> Bindings {
+    Bindings { tokens, outputs: tokens, images: 1, ..Bindings::default() }
+}
+
+fn case(op: Op, ins: Vec<TensorType>, weights: Vec<[usize; 2]>, bindings: Bindings) -> Case {
+    Case { op, ins, weights, dtype: DType::F32, bindings, past: 0 }
+}
+
+/// `x · Wᵀ` with `n` output features for each weight.
+pub fn linear(
+    m: usize,
+    ns: &[usize],
+    k: usize,
+    dtype: DType,
+    act: Activation,
+    bias: bool,
+    residual: bool,
+) -> Case {
+    let mut weights: Vec<_> = ns.iter().map(|&n| [n, k]).collect();
+    weights.extend(ns.iter().filter(|_| bias).map(|&n| [1, n]));
+    let mut ins = vec![f32s(Rows::Tokens, k)];
+    ins.extend(residual.then(|| f32s(Rows::Tokens, ns.iter().sum())));
+    Case { dtype, ..case(Op::Linear { act, bias, residual }, ins, weights, tokens(m)) }
+}
+
+/// `silu(x · Wgᵀ) ⊙ (x · Wuᵀ)`.
+pub fn gated(m: usize, n: usize, k: usize, dtype: DType, bias: bool) -> Case {
+    let mut weights = vec![[n, k]; 2];
+    weights.extend(vec![[1, n]; if bias { 2 } else { 0 }]);
+    Case { dtype, ..case(Op::GatedLinear { bias }, vec![f32s(Rows::Tokens, k)], weights, tokens(m)) }
+}
+
+/// Attention within `images` images of `rows` rows.
+pub fn attention(images: usize, rows: usize, heads: usize, head_dim: usize, causal: bool) -> Case {
+    let ins = vec![f32s(Rows::PerImage(rows), 3 * heads * head_dim)];
+    let bindings = Bindings { images, ..Bindings::default() };
+    case(Op::Attention { heads, head_dim, rows, causal }, ins, vec![], bindings)
+}
+
+fn paged(past: usize, new: usize) -> Bindings {
+    let entries = (past + new).div_ceil(PAGE);
+    Bindings { pages: entries + 3, table_entries: entries, context: past + new, ..tokens(new) }
+}
+
+/// Causal attention of `new` rows after `past` cached ones.
+pub fn paged_attention(past: usize, new: usize, heads: usize, kv_heads: usize, head_dim: usize) -> Case {
+    let pages = f32s(Rows::Pages, kv_heads * head_dim * PAGE);
+    let index = TensorType::i32(Rows::Tokens, 1);
+    let ins = vec![
+        f32s(Rows::Tokens, heads * head_dim),
+        index,
+        index,
+        TensorType::i32(Rows::TableEntries, 1),
+        pages,
+        pages,
+    ];
+    let op = Op::PagedAttention { heads, kv_heads, head_dim };
+    Case { past, ..case(op, ins, vec![], paged(past, new)) }
+}
+
+/// Rotation and append of `new` rows after `past` cached ones.
+pub fn rope(past: usize, new: usize, heads: usize, kv_heads: usize, head_dim: usize) -> Case {
+    let pages = f32s(Rows::Pages, kv_heads * head_dim * PAGE);
+    let index = TensorType::i32(Rows::Tokens, 1);
+    let qkv = f32s(Rows::Tokens, (heads + 2 * kv_heads) * head_dim);
+    let ins = vec![qkv, index, index, f32s(Rows::Context, head_dim), pages, pages];
+    let op = Op::RopeAppend { heads, kv_heads, head_dim };
+    Case { past, ..case(op, ins, vec![], paged(past, new)) }
+}
+
+/// Every case of the tests: rows 1 to a few, odd and prime, tails of every kind.
+pub fn all() -> Vec<Case> {
+    let mut cases = Vec::new();
+    let dtypes = [DType::F32, DType::F16, DType::BF16];
+    for dtype in dtypes {
+        for m in [1, 2, 3, 4, 5, 12, 13, 25] {
+            for (n, k) in [(1, 1), (7, 5), (16, 16), (17, 33), (31, 64), (33, 255), (64, 257), (48, 600)] {
+                cases.push(linear(m, &[n], k, dtype, Activation::None, false, false));
+            }
+            cases.push(linear(m, &[48, 16, 19], 40, dtype, Activation::None, true, false));
+            cases.push(linear(m, &[37], 70, dtype, Activation::QuickGelu, true, false));
+            cases.push(linear(m, &[37], 70, dtype, Activation::GeluErf, true, true));
+            cases.push(linear(m, &[20], 300, dtype, Activation::None, false, true));
+            cases.push(gated(m, 21, 77, dtype, false));
+            cases.push(gated(m, 40, 64, dtype, true));
+        }
+    }
+    // One case with the reduction length of a real model's widest layer.
+    cases.push(linear(6, &[20], 11008, DType::F16, Activation::None, false, false));
+
+    for (rows, cols) in [(1, 1), (3, 15), (2, 16), (5, 17), (4, 100), (7, 1024)] {
+        let x = f32s(Rows::Tokens, cols);
+        for dtype in dtypes {
+            let norm = |op, ins: usize, weights: usize| Case {
+                dtype,
+                ..case(op, vec![x; ins], vec![[1, cols]; weights], tokens(rows))
+            };
+            cases.push(norm(Op::LayerNorm { eps: 1e-5 }, 1, 2));
+            cases.push(norm(Op::RmsNorm { eps: 1e-6 }, 1, 1));
+            cases.push(norm(Op::AddRmsNorm { eps: 1e-5 }, 2, 1));
+        }
+        cases.push(case(Op::L2Normalize, vec![x], vec![], tokens(rows)));
+    }
+    for (images, rows, heads, head_dim, causal) in [
+        (1, 1, 1, 8, false),
+        (2, 17, 3, 24, false),
+        (1, 65, 2, 64, false),
+        (2, 50, 2, 80, true),
+        (1, 130, 1, 128, true),
+        (3, 16, 2, 40, true),
+    ] {
+        cases.push(attention(images, rows, heads, head_dim, causal));
+    }
+    for (past, new, heads, kv_heads, head_dim) in [
+        (0, 1, 1, 1, 8),
+        (15, 1, 4, 4, 64),
+        (16, 1, 4, 2, 64),
+        (17, 1, 6, 2, 40),
+        (0, 33, 4, 1, 24),
+        (70, 29, 4, 2, 128),
+        (200, 1, 8, 2, 80),
+        (63, 65, 3, 3, 32),
+    ] {
+        cases.push(paged_attention(past, new, heads, kv_heads, head_dim));
+        cases.push(rope(past, new, heads, kv_heads, head_dim));
+    }
+    for (image, patch, width, images) in [(28, 14, 32, 1), (21, 7, 17, 3), (32, 16, 48, 2), (30, 10, 5, 1)] {
+        let n = (image / patch) * (image / patch);
+        let weights = vec![[width, 3 * patch * patch], [1, width], [n + 1, width]];
+        for dtype in dtypes {
+            let ins = vec![f32s(Rows::PerImage(1), 3 * image * image)];
+            let bindings = Bindings { images, ..Bindings::default() };
+            let op = Op::PatchEmbed { image, patch };
+            cases.push(Case { dtype, ..case(op, ins, weights.clone(), bindings) });
+        }
+    }
+    for (rows, cols) in [(1, 8), (5, 19), (12, 64)] {
+        let index = TensorType::i32(Rows::Tokens, 1);
+        for dtype in dtypes {
+            let ins = vec![index, index, f32s(Rows::Tokens, cols)];
+            cases.push(Case { dtype, ..case(Op::EmbedRows, ins, vec![[23, cols]], tokens(rows)) });
+        }
+        let select = |select| Op::SelectRows { select };
+        let ins = vec![f32s(Rows::Tokens, cols), TensorType::i32(Rows::Outputs, 1)];
+        cases.push(case(select(Select::Index), ins, vec![], Bindings { outputs: 3, ..tokens(rows) }));
+        let images = |images| Bindings { images, ..Bindings::default() };
+        let ins = vec![f32s(Rows::PerImage(10), cols), f32s(Rows::PerImage(10), cols)];
+        cases.push(case(select(Select::All), ins.clone(), vec![], images(2)));
+        cases.push(case(select(Select::Patches { rows: 10 }), ins, vec![], images(3)));
+        let (params, seen) = (
+            TensorType::i32(Rows::Outputs, SAMPLE_PARAMS),
+            TensorType::i32(Rows::Outputs, cols.div_ceil(32)),
+        );
+        let logits = f32s(Rows::Outputs, cols);
+        cases.push(case(Op::Sample, vec![logits, params, seen], vec![], tokens(rows)));
+    }
+    cases
+}

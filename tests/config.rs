@@ -9,6 +9,7 @@ use tessera::op::Activation;
 use tessera::model::config::{
     GenerationConfig, ModelConfig, Rope, RopeScaling, SelectStrategy, VisionConfig,
 };
+use tessera::op::Activation;
 use tessera::tensor::DType;
 
 fn parse(config: Value) -> Result<ModelConfig, Error> {

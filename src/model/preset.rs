@@ -158,7 +158,10 @@ impl Preset {
 
     /// Bytes of all its weights.
     pub fn bytes(&self, dtype: DType) -> Result<u64> {
-        Ok(names::tensors(&self.config(dtype)?).iter().map(|spec| (spec.elements() * dtype.size()) as u64).sum())
+        Ok(names::tensors(&self.config(dtype)?)
+            .iter()
+            .map(|spec| (spec.elements() * dtype.size()) as u64)
+            .sum())
     }
 
     /// The layout that its tensor names are spelt in.

@@ -45,7 +45,11 @@ impl Weights {
         let mut sources = Vec::new();
         let mut tensors = Vec::new();
         for path in &found.files {
-            add(Source { path: path.clone(), storage: Arc::new(open_file(path, mode)?) }, &mut sources, &mut tensors)?;
+            add(
+                Source { path: path.clone(), storage: Arc::new(open_file(path, mode)?) },
+                &mut sources,
+                &mut tensors,
+            )?;
         }
         if let Some(index) = &found.index {
             index.check(&found.files, &tensors)?;

@@ -1,10 +1,12 @@
 //! Presets: the sizes of the real models, seeds that mean the same bytes everywhere, and checkpoints
 //! written from them.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use tessera::model::checkpoint::LoadMode;
 use tessera::model::config::ModelConfig;
-use tessera::model::names;
+use tessera::model::names::{self, TensorSpec};
 use tessera::model::preset::{PRESETS, Preset};
+use tessera::model::random::{self, Generator, Job};
 use tessera::model::synth::{SynthOptions, synth};
 use tessera::model::weights::Weights;
 use tessera::tensor::DType;
@@ -43,6 +45,26 @@ fn a_seed_means_the_same_weights_on_any_number_of_threads() {
             );
         }
         assert!(all_bytes(&one) != all_bytes(&random("llava-tiny", dtype, 8, 1)), "another seed");
+    }
+}
+
+/// A tensor of three chunks, each a thread's share, has the bytes of one made in a single call.
+#[test]
+fn a_tensor_is_the_same_however_it_is_cut() {
+    let spec = TensorSpec { name: "lm.embed_tokens.weight".into(), shape: vec![4500, 1024] };
+    for dtype in [DType::BF16, DType::F32] {
+        let generator = Generator::new(&spec, dtype, 5);
+        let mut whole = vec![0; spec.elements() * dtype.size()];
+        generator.fill(0, &mut whole);
+        let mut cut = vec![0; whole.len()];
+        let done = AtomicU64::new(0);
+        let progress = |bytes| _ = done.fetch_max(bytes, Ordering::Relaxed);
+        random::fill([Job { generator, first: 0, bytes: &mut cut }].into_iter(), 3, &progress);
+        assert!(whole == cut, "{dtype}");
+        assert_eq!(done.into_inner(), whole.len() as u64, "progress ends at the whole");
+        let (first, size) = (1000, dtype.size());
+        generator.fill(first, &mut cut[..40]);
+        assert_eq!(cut[..40], whole[first * size..][..40], "from element {first}");
     }
 }
 

@@ -5,7 +5,6 @@ use proptest::prelude::*;
 use serde_json::{Map, Value, json};
 use std::path::Path;
 use tessera::Error;
-use tessera::op::Activation;
 use tessera::model::config::{
     GenerationConfig, ModelConfig, Rope, RopeScaling, SelectStrategy, VisionConfig,
 };

@@ -5,11 +5,11 @@ use serde_json::{Value, json};
 use std::fs::{self, File};
 use std::path::Path;
 use tempfile::TempDir;
+use tessera::folder::Folder;
 use tessera::model::checkpoint::LoadMode;
 use tessera::model::config::{GenerationConfig, ModelConfig};
 use tessera::model::names::{self, Layout};
-use tessera::model::preset::{PRESETS, Preset};
-use tessera::model::synth::{SynthOptions, synth};
+use tessera::model::preset::Preset;
 use tessera::model::weights::Weights;
 use tessera::tensor::DType;
 use tessera::{Error, Result};
@@ -49,15 +49,18 @@ fn fixtures_and_the_demo_open_and_hold_what_their_configs_imply() {
         ("tests/data/a_llava15_new_bf16/model", Layout::StateDict, DType::BF16, 1),
         ("tests/data/b_llava15_old_f16_sharded/model", Layout::Hub, DType::F16, 3),
         ("tests/data/j_llama_chatml_f32/model", Layout::Llama, DType::F32, 1),
+        ("tests/data/names_saved_v5/model", Layout::HubFlatTower, DType::BF16, 1),
+        ("tests/data/names_memory_v5/model", Layout::StateDictFlatTower, DType::BF16, 1),
         ("assets/demo", Layout::HubFlatTower, DType::BF16, 1),
     ];
     for (dir, layout, dtype, files) in cases {
         let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join(dir);
-        let config = ModelConfig::load(&(&dir).into()).unwrap();
-        let generation = GenerationConfig::load(&(&dir).into(), &config.text).unwrap();
+        let folder = Folder::from(&dir);
+        let config = ModelConfig::load(&folder).unwrap();
+        let generation = GenerationConfig::load(&folder, &config.text).unwrap();
         assert_eq!(generation.eos_token_ids, [2]);
         for mode in [LoadMode::Mmap, LoadMode::Read] {
-            let weights = Weights::open(&(&dir).into(), mode).unwrap();
+            let weights = Weights::open(&folder, mode).unwrap();
             assert_eq!((weights.layout(), weights.storages().count()), (layout, files), "{}", dir.display());
             let specs = names::tensors(&config);
             let expected: Vec<_> = specs.iter().map(|spec| layout.spell(&spec.name)).collect();
@@ -418,100 +421,6 @@ fn resident_bytes(mapping: &[u8]) -> usize {
     let status = unsafe { libc::mincore(address, mapping.len(), pages.as_mut_ptr()) };
     assert_eq!(status, 0, "mincore: {}", std::io::Error::last_os_error());
     pages.iter().filter(|&&page| page & 1 == 1).count() * PAGE
-}
-
-/// Parameter counts of the published checkpoints.
-#[test]
-fn presets_have_the_sizes_of_the_real_models() {
-    let cases =
-        [("llava-1.5-7b", 7_063_427_072), ("llava-1.5-13b", 13_351_494_656), ("vicuna-7b", 6_738_415_616)];
-    for (name, parameters) in cases {
-        assert_eq!(Preset::find(name).unwrap().bytes(DType::F16).unwrap(), 2 * parameters, "{name}");
-    }
-    for preset in PRESETS {
-        preset.config(DType::BF16).unwrap();
-    }
-    let error = Preset::find("llava-70b").unwrap_err().to_string();
-    assert!(error.contains("preset:llava-70b") && error.contains("llava-1.5-7b"), "{error}");
-}
-
-fn random(preset: &str, dtype: DType, seed: u64, threads: usize) -> Weights {
-    Preset::find(preset).unwrap().weights(dtype, seed, threads, &|_| ()).unwrap()
-}
-
-fn all_bytes(weights: &Weights) -> &[u8] {
-    weights.storages().next().unwrap().as_bytes()
-}
-
-#[test]
-fn a_seed_means_the_same_weights_on_any_number_of_threads() {
-    for dtype in [DType::F16, DType::BF16, DType::F32] {
-        let one = random("llava-tiny", dtype, 7, 1);
-        for threads in [2, 3] {
-            assert!(
-                all_bytes(&one) == all_bytes(&random("llava-tiny", dtype, 7, threads)),
-                "{threads} threads"
-            );
-        }
-        assert!(all_bytes(&one) != all_bytes(&random("llava-tiny", dtype, 8, 1)), "another seed");
-    }
-}
-
-/// Mean and deviation of a matrix, a norm, the head and a bias, within 5 standard errors.
-#[test]
-fn random_weights_have_the_variance_that_keeps_activations() {
-    let weights = random("llava-tiny", DType::F32, 1, 2);
-    let cases = [
-        ("lm.layers.1.self_attn.q_proj.weight", vec![256, 256], 0.0, 1.0 / 16.0),
-        ("lm.head.weight", vec![640, 256], 0.0, 3.0 / 16.0),
-        ("lm.embed_tokens.weight", vec![640, 256], 0.0, 1.0),
-        ("vision.embeddings.patch_embedding.weight", vec![128, 3, 14, 14], 0.0, 1.0 / 588f64.sqrt()),
-        ("vision.encoder.layers.0.layer_norm1.weight", vec![128], 1.0, 0.1),
-        ("vision.encoder.layers.0.mlp.fc1.bias", vec![256], 0.0, 0.02),
-    ];
-    for (name, shape, mean, std) in cases {
-        let weight = weights.tensor(name, &shape).unwrap();
-        let values: Vec<f64> = weight
-            .bytes
-            .as_bytes()
-            .chunks_exact(4)
-            .map(|bytes| f64::from(f32::from_le_bytes(bytes.try_into().unwrap())))
-            .collect();
-        let count = values.len() as f64;
-        let found_mean = values.iter().sum::<f64>() / count;
-        let found_std = (values.iter().map(|x| (x - found_mean).powi(2)).sum::<f64>() / count).sqrt();
-        // A uniform variable's sample deviation has the relative standard error sqrt((1.8 - 1) / 4n).
-        let (mean_error, std_error) = (std / count.sqrt(), std * (0.2 / count).sqrt());
-        let off = ((found_mean - mean) / mean_error, (found_std - std) / std_error);
-        println!("{name}: mean {:.2}, deviation {:.2} standard errors off, 5 allowed", off.0, off.1);
-        assert!(off.0.abs() < 5.0 && off.1.abs() < 5.0, "{name}: {found_mean} ± {found_std}");
-    }
-}
-
-#[test]
-fn synth_writes_the_bytes_that_a_preset_makes() {
-    for (name, shard_bytes, files) in [("llava-tiny", 1 << 20, 5), ("llama-tiny", u64::MAX, 1)] {
-        let preset = Preset::find(name).unwrap();
-        let dir = tempfile::tempdir().unwrap();
-        let options = SynthOptions { dtype: DType::F16, seed: 3, shard_bytes, threads: 2 };
-        synth(preset, dir.path(), options, &|_| ()).unwrap();
-
-        assert_eq!(ModelConfig::load(&dir.path().into()).unwrap(), preset.config(DType::F16).unwrap());
-        let written = open(&dir).unwrap();
-        let made = random(name, DType::F16, 3, 1);
-        assert_eq!(written.storages().count(), files, "{name}");
-        assert_eq!((written.layout(), written.tensors().len()), (made.layout(), made.tensors().len()));
-        for spec in names::tensors(&preset.config(DType::F16).unwrap()) {
-            let (a, b) = (written.tensor(&spec.name, &spec.shape), made.tensor(&spec.name, &spec.shape));
-            assert!(a.unwrap().bytes.as_bytes() == b.unwrap().bytes.as_bytes(), "{}", spec.name);
-        }
-        for storage in written.storages() {
-            // What Hugging Face's own reader thinks of it.
-            safetensors::SafeTensors::deserialize(storage.as_bytes()).unwrap();
-        }
-        let again = synth(preset, dir.path(), options, &|_| ()).unwrap_err().to_string();
-        assert!(again.contains("is not empty"), "{again}");
-    }
 }
 
 /// A valid header to damage.

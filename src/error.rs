@@ -2,7 +2,7 @@
 //! op), what was expected, what was found, and, where there is a choice, what to do about it.
 //!
 //! Errors are for people: no variant carries an address, and none is made by a panic caught in
-//! library code except around the decoders of untrusted image bytes.
+//! library code except around what reads untrusted files for us: image decoders and the tokenizers library.
 
 use std::path::PathBuf;
 

@@ -8,7 +8,7 @@ use super::session::{Advance, Session, SessionOptions, Want};
 use crate::error::{Error, Result};
 use crate::graph::Control;
 use crate::input::image::{DecodeOptions, Picture, decode, pixels_sha256};
-use crate::input::prompt::{Prompt, StopStrings, TextStream, Tokenizer};
+use crate::input::prompt::{Prompt, StopStrings, TextStream};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -349,7 +349,7 @@ impl TokenLogProb {
 
 /// The text of an answer on its way out.
 struct TextOut<'a> {
-    stream: TextStream<&'a Tokenizer>,
+    stream: TextStream<'a>,
     stop: StopStrings,
     stopped: bool,
     text: String,

@@ -13,8 +13,6 @@ mod stream;
 mod template;
 mod tokenizer;
 
-use std::sync::Arc;
-
 pub use expand::{ImageSpan, Prompt, expand};
 pub use message::{Content, Conversation, IMAGE_MARK, ImageSource, Message, Part};
 pub use stop::StopStrings;
@@ -28,7 +26,7 @@ use crate::folder::Folder;
 /// Makes prompts for one model.
 pub struct Prompter {
     template: ChatTemplate,
-    tokenizer: Arc<Tokenizer>,
+    tokenizer: Tokenizer,
     image_token: Option<ImageToken>,
 }
 
@@ -49,7 +47,7 @@ impl Prompter {
         let tokenizer = Tokenizer::load(folder, vocab_size, image_token)?;
         let image_token =
             image_token.map(|id| ImageToken { id, text: tokenizer.token(id).unwrap_or_default() });
-        Ok(Prompter { template: ChatTemplate::load(folder)?, tokenizer: Arc::new(tokenizer), image_token })
+        Ok(Prompter { template: ChatTemplate::load(folder)?, tokenizer, image_token })
     }
 
     /// The same with another template than the checkpoint's.
@@ -63,7 +61,7 @@ impl Prompter {
     }
 
     /// The tokenizer.
-    pub fn tokenizer(&self) -> &Arc<Tokenizer> {
+    pub fn tokenizer(&self) -> &Tokenizer {
         &self.tokenizer
     }
 

@@ -1,9 +1,6 @@
 //! Ids to text while they are made: every complete character at once, never half of one, and in sum
 //! exactly the decoded whole.
 
-use std::ops::Deref;
-use std::sync::Arc;
-
 use serde::Deserialize;
 use tokenizers::DecoderWrapper;
 
@@ -12,8 +9,8 @@ use super::tokenizer::Tokenizer;
 /// The text of a growing sequence of ids, special tokens left out. Work and memory for an id do not grow
 /// with the sequence, but for one thing: bytes of a byte-fallback run are text only once the run has
 /// ended, because a single invalid byte turns the whole run into U+FFFD.
-pub struct TextStream<T = Arc<Tokenizer>> {
-    tokenizer: T,
+pub struct TextStream<'t> {
+    tokenizer: &'t Tokenizer,
     /// Bytes that are not text yet: a run of byte tokens, or the beginning of a character.
     bytes: Vec<u8>,
     /// Pieces so far, up to 1.
@@ -22,9 +19,9 @@ pub struct TextStream<T = Arc<Tokenizer>> {
     strip: usize,
 }
 
-impl<T: Deref<Target = Tokenizer>> TextStream<T> {
+impl<'t> TextStream<'t> {
     /// A stream at the start of a text.
-    pub fn new(tokenizer: T) -> Self {
+    pub fn new(tokenizer: &'t Tokenizer) -> Self {
         let strip = match tokenizer.decoder() {
             Decoder::ByteLevel => 0,
             Decoder::Pieces { strip, .. } => strip.map_or(0, |(_, count)| count),

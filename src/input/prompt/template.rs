@@ -12,14 +12,20 @@ use super::{functions, message};
 use crate::error::{Error, Result};
 use crate::folder::{Folder, read_file};
 
-/// Instructions a template may execute: `FUEL` and `FUEL_PER_PART` more for each part of a message. Real
-/// templates need some ten thousand at the start (macros for tools) and about a hundred for a message.
-const FUEL: u64 = 200_000;
-const FUEL_PER_PART: u64 = 2_000;
+/// Instructions a template may execute, a tenth of a second. Real templates need some ten thousand at the
+/// start (macros for tools) and about a hundred for a message. This ends every loop. What the engine gives
+/// no means to bound is one string that a template doubles in a variable, over and over.
+const FUEL: u64 = 1_000_000;
 /// Nested macro calls and loops; real templates stay below ten.
 const RECURSION: usize = 64;
 /// The longest rendered text in bytes, some two hundred contexts of 4096 tokens.
 const MAX_RENDERED: usize = 4 << 20;
+/// The longest template in bytes; real ones have up to 30 kB.
+const MAX_TEMPLATE: usize = 128 << 10;
+/// Stack for the template engine, which descends into expressions and values without looking how deep they
+/// are: room for one level per byte of [`MAX_TEMPLATE`], or per few instructions of [`FUEL`]. Only pages
+/// that are touched take memory.
+const STACK: usize = 512 << 20;
 
 /// A compiled chat template with the special tokens it may name.
 pub struct ChatTemplate {
@@ -55,7 +61,8 @@ impl ChatTemplate {
     /// the one in `tokenizer_config.json`, else Vicuna's as LLaVA-1.5 has it.
     ///
     /// # Errors
-    /// [`Error::Template`] or [`Error::Config`] if the first of these that exists is malformed.
+    /// [`Error::Template`], [`Error::Config`] or [`Error::Checkpoint`] if the first of these files that
+    /// exists, or `tokenizer_config.json`, is malformed.
     pub fn load(folder: &Folder) -> Result<Self> {
         const JINJA: &str = "chat_template.jinja";
         let special_tokens = special_tokens(folder)?;
@@ -96,15 +103,19 @@ impl ChatTemplate {
     }
 
     fn compile(name: &str, source: String, special_tokens: Map<String, Value>) -> Result<Self> {
+        if source.len() > MAX_TEMPLATE {
+            let problem = format!("{} bytes long, expected at most {MAX_TEMPLATE}", source.len());
+            return Err(Error::Template { name: name.into(), problem });
+        }
         let mut environment = Environment::new();
         environment.set_trim_blocks(true);
         environment.set_lstrip_blocks(true);
         environment.set_auto_escape_callback(|_| AutoEscape::None);
         environment.set_recursion_limit(RECURSION);
         functions::add_to(&mut environment);
-        environment
-            .add_template_owned("template", functions::without_generation_blocks(&source))
-            .map_err(|e| template_error(name, &e))?;
+        environment.set_fuel(Some(FUEL));
+        let source = functions::without_generation_blocks(&source);
+        on_deep_stack(name, || environment.add_template_owned("template", source))?;
         let mut template = ChatTemplate {
             name: name.into(),
             environment,
@@ -122,7 +133,7 @@ impl ChatTemplate {
         const TEXT: &str = "probe-text-3141592653";
         const STRUCTURE: &str = "probe-structure-2718281828";
         let shows = |content: Value| {
-            let text = self.run(json!([{"role": "user", "content": content}]), 1).unwrap_or_default();
+            let text = self.run(json!([{"role": "user", "content": content}])).unwrap_or_default();
             text.contains(TEXT) && !text.contains(STRUCTURE)
         };
         match (shows(json!(TEXT)), shows(json!([{"type": "text", "text": TEXT, "extra": STRUCTURE}]))) {
@@ -143,14 +154,13 @@ impl ChatTemplate {
         for (i, message) in messages.iter().enumerate() {
             message::check_role(&message.role, &format!("messages[{i}]"))?;
         }
-        let parts = messages.iter().map(|m| 1 + m.texts().count() + m.images()).sum();
         let as_is = |text: &str| text.to_string();
-        let text = self.run(self.messages(messages, image_token, &as_is), parts)?;
+        let text = self.run(self.messages(messages, image_token, &as_is))?;
 
         // The same once more with marks around the users' texts shows where they came to stand. A
         // template that decides by the texts themselves may write something else: then nothing is known.
         let marks = Marks::absent_from(messages);
-        let marked = self.run(self.messages(messages, image_token, &|text| marks.around(text)), parts);
+        let marked = self.run(self.messages(messages, image_token, &|text| marks.around(text)));
         let user = marked.ok().and_then(|marked| marks.find(&marked));
         let user = user.filter(|(unmarked, _)| *unmarked == text).map(|(_, ranges)| ranges);
         Ok(Rendered { text, user })
@@ -166,19 +176,18 @@ impl ChatTemplate {
         self.built_in
     }
 
-    fn run(&self, messages: Value, parts: usize) -> Result<String> {
-        let mut environment = self.environment.clone();
-        environment.set_fuel(Some(FUEL + FUEL_PER_PART * parts as u64));
-        let template = environment.get_template("template").map_err(|e| template_error(&self.name, &e))?;
+    fn run(&self, messages: Value) -> Result<String> {
         let mut out = Bounded(Vec::new());
-        let context = context! {
-            messages,
-            add_generation_prompt => true,
-            tools => (),
-            documents => (),
-            ..minijinja::Value::from_serialize(&self.special_tokens)
-        };
-        template.render_captured_to(context, &mut out).map_err(|e| template_error(&self.name, &e))?;
+        on_deep_stack(&self.name, || {
+            let context = context! {
+                messages,
+                add_generation_prompt => true,
+                tools => (),
+                documents => (),
+                ..minijinja::Value::from_serialize(&self.special_tokens)
+            };
+            self.environment.get_template("template")?.render_captured_to(context, &mut out).map(|_| ())
+        })?;
         Ok(String::from_utf8_lossy(&out.0).into_owned())
     }
 
@@ -208,7 +217,7 @@ fn as_list(parts: &[Part], image_token: &str, user: &dyn Fn(&str) -> String) -> 
             Part::Text(text) => (user(text), false),
             Part::InlineImage => (image_token.into(), true),
         };
-        match list.last_mut().map(|last| &mut last["text"]) {
+        match list.last_mut().and_then(|last| last.get_mut("text")) {
             Some(Value::String(before)) if joins || inline => before.push_str(&text),
             _ => list.push(json!({"type": "text", "text": text})),
         }
@@ -320,12 +329,27 @@ fn text(bytes: Vec<u8>, file: &Path) -> Result<String> {
     String::from_utf8(bytes).map_err(|_| Error::checkpoint(file, "expected UTF-8 text"))
 }
 
-fn template_error(name: &str, error: &minijinja::Error) -> Error {
+/// Runs the template engine on a stack of [`STACK`] bytes.
+fn on_deep_stack<T: Send>(
+    name: &str,
+    work: impl FnOnce() -> std::result::Result<T, minijinja::Error> + Send,
+) -> Result<T> {
+    let error = |problem| Error::Template { name: name.into(), problem };
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().stack_size(STACK);
+        let thread = thread.spawn_scoped(scope, || work().map_err(|e| words(&e)));
+        let thread = thread.map_err(|e| error(format!("no thread to run it: {e}")))?;
+        thread.join().unwrap_or_else(|_| Err("the template engine failed".into())).map_err(error)
+    })
+}
+
+/// An error of the template engine with its causes.
+fn words(error: &minijinja::Error) -> String {
     let mut problem = error.to_string();
     let mut cause = std::error::Error::source(error);
     while let Some(inner) = cause {
         problem = format!("{problem}: {inner}");
         cause = inner.source();
     }
-    Error::Template { name: name.into(), problem }
+    problem
 }

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 
 use tokenizers::tokenizer::normalizer::Range as Span;
@@ -47,7 +48,7 @@ impl Tokenizer {
                     .into(),
             )
         })?;
-        let mut inner = tokenizers::Tokenizer::from_bytes(bytes)
+        let mut inner = guarded(|| tokenizers::Tokenizer::from_bytes(bytes))
             .map_err(|e| error(format!("expected a tokenizer as the `tokenizers` library writes it: {e}")))?;
         inner.with_truncation(None).map_err(|e| error(e.to_string()))?;
         inner.with_padding(None);
@@ -126,7 +127,7 @@ impl Tokenizer {
     }
 
     fn ids(&self, text: &str, user: &[Range<usize>], add_special: bool) -> Result<Vec<u32>> {
-        let mut encoding = self.library(self.inner.encode(text, false))?;
+        let mut encoding = self.library(|| self.inner.encode(text, false))?;
         let from_user = |(id, span): (&u32, &(usize, usize))| {
             self.control.contains_key(id) && overlaps(&trimmed(text, span.0..span.1), user)
         };
@@ -135,7 +136,7 @@ impl Tokenizer {
         }
         let begun = self.bos.is_some() && encoding.get_ids().first().copied() == self.bos;
         if add_special && !begun {
-            encoding = self.library(self.inner.post_process(encoding, None, true))?;
+            encoding = self.library(|| self.inner.post_process(encoding, None, true))?;
         }
         Ok(encoding.get_ids().to_vec())
     }
@@ -158,7 +159,7 @@ impl Tokenizer {
             pieces.tokenize(|piece| self.inner.get_model().tokenize(piece.get()))?;
             pieces.into_encoding(None, 0, OffsetType::Byte)
         };
-        let encoding = self.library(encode())?;
+        let encoding = self.library(encode)?;
         // A vocabulary may know a control token as an ordinary word as well (Unigram models do).
         for (id, &(start, end)) in encoding.get_ids().iter().zip(encoding.get_offsets()) {
             let Some(token) = self.control.get(id) else { continue };
@@ -178,7 +179,7 @@ impl Tokenizer {
     fn added_outside(&self, text: &str, user: &[Range<usize>]) -> Result<Vec<AddedSpan>> {
         let mut found = Vec::new();
         let mut start = 0;
-        for range in user.iter().cloned().chain([text.len()..text.len()]) {
+        for range in user.iter().cloned().chain(std::iter::once(text.len()..text.len())) {
             let part = self.added_spans(&self.inner, &text[start..range.start])?;
             found.extend(part.into_iter().map(|(span, id)| (span.start + start..span.end + start, id)));
             start = range.end;
@@ -199,7 +200,7 @@ impl Tokenizer {
     }
 
     fn added_spans(&self, tokenizer: &tokenizers::Tokenizer, text: &str) -> Result<Vec<AddedSpan>> {
-        let encoding = self.library(tokenizer.encode(text, false))?;
+        let encoding = self.library(|| tokenizer.encode(text, false))?;
         let added = tokenizer.get_added_vocabulary().get_added_tokens_decoder();
         let spans = encoding.get_ids().iter().zip(encoding.get_offsets());
         let spans = spans.map(|(&id, &(start, end))| (start..end, id));
@@ -210,8 +211,17 @@ impl Tokenizer {
         Ok(spans.filter(is_added).collect())
     }
 
-    fn library<T>(&self, result: tokenizers::Result<T>) -> Result<T> {
-        result.map_err(|e| Error::Tokenizer { file: self.file.clone(), problem: e.to_string() })
+    fn library<T>(&self, work: impl FnOnce() -> tokenizers::Result<T>) -> Result<T> {
+        guarded(work).map_err(|problem| Error::Tokenizer { file: self.file.clone(), problem })
+    }
+}
+
+/// Runs the tokenizers library, which takes some malformed files (a merge shorter than the subword prefix,
+/// to name one) for impossible and panics.
+fn guarded<T>(work: impl FnOnce() -> tokenizers::Result<T>) -> std::result::Result<T, String> {
+    match catch_unwind(AssertUnwindSafe(work)) {
+        Ok(result) => result.map_err(|e| e.to_string()),
+        Err(_) => Err("the file contradicts itself".into()),
     }
 }
 

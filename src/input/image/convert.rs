@@ -5,24 +5,24 @@
 
 use image::DynamicImage;
 
-/// How 16-bit grey becomes 8-bit.
+/// How 16-bit grey with alpha becomes 8-bit.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Grey16 {
-    /// Pillow's mode `I;16`: values above 255 are 255, nothing is scaled.
+    /// Pillow's mode `I;16`: values above 255 are 255, nothing is scaled. Grey without alpha is always so.
     Clip,
-    /// Pillow's grey with alpha: the high byte.
+    /// The high byte, as in colours.
     HighByte,
 }
 
 /// The RGB bytes of `image`, or the name of a layout that Pillow does not convert either.
-pub(super) fn to_rgb(image: DynamicImage, grey16: Grey16) -> Result<Vec<u8>, String> {
+pub(super) fn to_rgb(image: DynamicImage, deep_alpha: Grey16) -> Result<Vec<u8>, String> {
     Ok(match image {
         DynamicImage::ImageRgb8(image) => image.into_raw(),
         DynamicImage::ImageRgba8(image) => drop_alpha(image.into_raw()),
         DynamicImage::ImageLuma8(image) => spread(image.as_raw(), 1, |v| v),
         DynamicImage::ImageLumaA8(image) => spread(image.as_raw(), 2, |v| v),
         DynamicImage::ImageLuma16(image) => spread(image.as_raw(), 1, clip),
-        DynamicImage::ImageLumaA16(image) if grey16 == Grey16::Clip => spread(image.as_raw(), 2, clip),
+        DynamicImage::ImageLumaA16(image) if deep_alpha == Grey16::Clip => spread(image.as_raw(), 2, clip),
         DynamicImage::ImageLumaA16(image) => spread(image.as_raw(), 2, high_byte),
         DynamicImage::ImageRgb16(image) => colours(image.as_raw(), 3, high_byte),
         DynamicImage::ImageRgba16(image) => colours(image.as_raw(), 4, high_byte),

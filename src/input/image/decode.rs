@@ -7,10 +7,10 @@ use std::io::Cursor;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use image::metadata::Orientation;
-use image::{ColorType, DynamicImage, ExtendedColorType, ImageDecoder, ImageFormat, ImageReader, Limits};
+use image::{DynamicImage, ExtendedColorType, ImageDecoder, ImageFormat, ImageReader, Limits};
 
-use super::Picture;
 use super::convert::{Grey16, cmyk_to_rgb, to_rgb};
+use super::{Picture, png};
 use crate::error::{Error, Result};
 
 /// The largest picture that is decoded, in pixels: where Pillow raises `DecompressionBombError`.
@@ -66,16 +66,30 @@ fn read(bytes: &[u8], options: &DecodeOptions) -> Result<Picture, String> {
         true => orientation(&mut decoder),
         false => Orientation::NoTransforms,
     };
-    let grey16 = match format {
-        // Grey with a transparent value, which the decoder turns into alpha, stays mode I;16 in Pillow.
-        ImageFormat::Png if decoder.color_type() == ColorType::La16 && !png_has_alpha(bytes) => Grey16::Clip,
-        _ => Grey16::HighByte,
+    let facts = match format {
+        ImageFormat::Png => png::facts(bytes),
+        _ => png::Facts::default(),
     };
-    let rgb = match decoder.original_color_type() {
+    // 16-bit grey with a transparent value, which the decoder turns into alpha, stays mode I;16 in Pillow.
+    let deep_alpha = if facts.alpha { Grey16::HighByte } else { Grey16::Clip };
+    let mut rgb = match decoder.original_color_type() {
         ExtendedColorType::Cmyk8 => read_cmyk_tiff(bytes).map_err(|error| error.to_string())?,
-        _ => to_rgb(DynamicImage::from_decoder(decoder).map_err(|error| error.to_string())?, grey16)?,
+        _ => to_rgb(DynamicImage::from_decoder(decoder).map_err(|error| error.to_string())?, deep_alpha)?,
     };
+    if let Some(colour) = facts.transparent {
+        whiten(&mut rgb, colour);
+    }
     upright(width, height, rgb, orientation)
+}
+
+/// Makes `colour` white. A single transparent colour survives Pillow's conversion to RGB as a note, and
+/// transformers 5 then puts the picture on white; an alpha channel does not, and is dropped.
+fn whiten(rgb: &mut [u8], colour: [u8; 3]) {
+    for pixel in rgb.as_chunks_mut::<3>().0 {
+        if *pixel == colour {
+            *pixel = [255; 3];
+        }
+    }
 }
 
 /// The number of pixels, if there may be so many.
@@ -109,9 +123,9 @@ fn read_gif(bytes: &[u8]) -> Result<Picture, Box<dyn std::error::Error>> {
     let mut decoder = options.read_info(bytes)?;
     let screen = [u32::from(decoder.width()), u32::from(decoder.height())];
     let frame = decoder.next_frame_info()?.ok_or("there is no picture in it")?;
+    let transparent = frame.transparent;
     let at = [frame.left, frame.top].map(usize::from);
     let size = [frame.width, frame.height].map(usize::from);
-    let margin = frame.transparent.unwrap_or(0);
     let [width, height] = [0, 1].map(|i| screen[i].max((at[i] + size[i]) as u32));
     check_size(width, height)?;
     let [width, height] = [width as usize, height as usize];
@@ -120,12 +134,15 @@ fn read_gif(bytes: &[u8]) -> Result<Picture, Box<dyn std::error::Error>> {
     decoder.read_into_buffer(&mut indices)?;
     let palette = decoder.palette()?.as_chunks::<3>().0;
     let colour = |index: u8| palette.get(usize::from(index)).copied().unwrap_or([0; 3]);
-    let mut rgb = colour(margin).repeat(width * height);
+    let mut rgb = colour(transparent.unwrap_or(0)).repeat(width * height);
     for (y, line) in indices.chunks_exact(size[0]).enumerate() {
         let start = ((at[1] + y) * width + at[0]) * 3;
         for (to, &index) in rgb[start..].as_chunks_mut::<3>().0.iter_mut().zip(line) {
             *to = colour(index);
         }
+    }
+    if let Some(index) = transparent {
+        whiten(&mut rgb, colour(index));
     }
     Ok(Picture { width, height, rgb })
 }
@@ -169,12 +186,6 @@ fn xmp_orientation(xmp: &[u8]) -> Option<u8> {
     let after = xmp.windows(KEY.len()).position(|window| window == KEY)? + KEY.len();
     let value = xmp[after..].strip_prefix(b"=\"").or_else(|| xmp[after..].strip_prefix(b">"))?;
     value.first().filter(|digit| digit.is_ascii_digit()).map(|digit| digit - b'0')
-}
-
-/// Whether the colour type in a PNG header has an alpha channel.
-fn png_has_alpha(bytes: &[u8]) -> bool {
-    // Signature 8, chunk length and name 8, width and height 8, bit depth 1.
-    bytes.get(25).is_some_and(|colour_type| colour_type & 4 != 0)
 }
 
 /// Whether the end marker of a JPEG is there. The decoder fills what is cut off with grey; Pillow refuses.

@@ -10,6 +10,7 @@
 
 mod convert;
 mod decode;
+mod png;
 mod preprocess;
 pub mod resize;
 

@@ -84,6 +84,9 @@ impl Preprocess {
     /// The configuration in `json`, which was read from `file`. Keys that are absent or null have
     /// `CLIPImageProcessor`'s defaults. `do_convert_rgb` is not read: a [`Picture`] is RGB.
     pub fn from_json(file: &Path, json: &Value) -> Result<Self> {
+        if !json.is_object() {
+            return Err(Error::checkpoint(file, "expected a JSON object of preprocessing parameters"));
+        }
         let fields = Fields { file, json };
         let kind = json["image_processor_type"].as_str().unwrap_or_default();
         // In LlavaNextImageProcessor and others `do_pad` is about the batch, not the picture.

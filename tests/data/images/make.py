@@ -35,11 +35,20 @@ def smooth(width, height, channels):
     return np.stack([planes[c] * 200 + 20 for c in range(channels)], -1).astype(np.uint8).squeeze()
 
 
+def to_rgb(image):
+    """load_image and convert_to_rgb of transformers 5.23: an alpha channel is dropped, but a single
+    transparent colour, which Pillow keeps as `info["transparency"]`, becomes white."""
+    image = image.convert("RGB")
+    if image.info.get("transparency") is not None:
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    return image
+
+
 def add(name, data, levels=0):
     open(name, "wb").write(data)
-    image = Image.open(name)
-    stored = image.convert("RGB")
-    upright = ImageOps.exif_transpose(Image.open(name)).convert("RGB")
+    stored = to_rgb(Image.open(name))
+    upright = to_rgb(ImageOps.exif_transpose(Image.open(name)))
     entry = {"file": name, "width": upright.width, "height": upright.height, "levels": levels}
     entry["rgb"] = base64.b64encode(upright.tobytes()).decode()
     if stored.tobytes() != upright.tobytes() or stored.size != upright.size:
@@ -93,10 +102,18 @@ def pngs():
     grey = np.concatenate([np.arange(100, 300, 2), r.randint(0, 1 << 16, W * H - 100)]).reshape(H, W, 1)
     add("grey16.png", png(16, 0, grey))
     add("grey16_trns.png", png(16, 0, grey, trns(200)))
+    add("grey16_trns_high.png", png(16, 0, grey, trns(0x1280)))
+    grey[:4, :3] = 0
+    add("grey16_trns_black.png", png(16, 0, grey, trns(0)))
+    add("grey1_trns_black.png", png(1, 0, grey % 2, trns(0)))
+    add("grey4_trns_black.png", png(4, 0, grey % 16, trns(0)))
     for name, colour, channels in [("la", 4, 2), ("rgb", 2, 3), ("rgba", 6, 4)]:
         add(f"{name}8.png", png(8, colour, r.randint(0, 256, (H, W, channels))))
         add(f"{name}16.png", png(16, colour, r.randint(0, 1 << 16, (H, W, channels))))
     rgb = r.randint(0, 256, (H, W, 3))
+    deep = r.randint(0, 1 << 16, (H, W, 3))
+    deep[:2] &= 255
+    add("rgb16_trns.png", png(16, 2, deep, trns(*map(int, deep[1, 1]))))
     add("rgb8_trns.png", png(8, 2, rgb, trns(*map(int, rgb[1, 1]))))
     add("rgb8_interlaced.png", png(8, 2, rgb, interlaced=True))
     for depth in (1, 2, 4, 8):
@@ -105,6 +122,7 @@ def pngs():
         index = r.randint(0, 1 << depth, (H, W, 1))
         add(f"palette{depth}.png", png(depth, 3, index, palette))
         add(f"palette{depth}_trns.png", png(depth, 3, index, palette + alpha))
+        add(f"palette{depth}_key.png", png(depth, 3, index, palette + chunk(b"tRNS", bytes([255, 0]))))
     image = Image.fromarray(rgb.astype(np.uint8))
     exif = Image.Exif()
     exif[0x0112] = 5

@@ -26,11 +26,6 @@ fn sha256(bytes: &[u8]) -> String {
     Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-fn worst(a: &[u8], b: &[u8]) -> u8 {
-    assert_eq!(a.len(), b.len());
-    a.iter().zip(b).map(|(a, b)| a.abs_diff(*b)).max().unwrap()
-}
-
 /// The picture of the resize vectors: byte i is ((i * 7919) >> 3) & 255.
 fn noise(width: usize, height: usize) -> Picture {
     Picture { width, height, rgb: (0..width * height * 3).map(|i| ((i * 7919) >> 3) as u8).collect() }
@@ -47,10 +42,21 @@ fn with_padding(mut preprocess: Preprocess) -> Preprocess {
     preprocess
 }
 
-/// How far the decoder's JPEG pixels may be from libjpeg-turbo's. Its inverse DCT rounds differently (1
-/// level a channel before the colour transform, whose largest coefficient is 1.77) and it interpolates
-/// subsampled chroma otherwise: that shows at sharp coloured edges.
-const JPEG_LEVELS: u8 = 4;
+/// JPEG decoders are not the same to the bit: the inverse DCT may round otherwise (1 level a channel before
+/// the colour transform, whose largest coefficient is 1.77), subsampled chroma is interpolated in other
+/// steps, and on a picture's border out of other neighbours. So a few levels are allowed, more to 1 value
+/// in 10,000, and half a level in the mean.
+fn check_jpeg(file: &str, got: &[u8], libjpeg: &[u8]) {
+    assert_eq!(got.len(), libjpeg.len());
+    let off = || got.iter().zip(libjpeg).map(|(a, b)| a.abs_diff(*b));
+    let (worst, far) = (off().max().unwrap(), off().filter(|&levels| levels > 4).count());
+    let mean = off().map(f64::from).sum::<f64>() / got.len() as f64;
+    println!(
+        "{file}: {worst} levels off (12 allowed), {far} of {} above 4, {mean:.3} in the mean",
+        got.len()
+    );
+    assert!(worst <= 12 && far * 10_000 <= got.len() && mean <= 0.5, "{file}");
+}
 
 #[test]
 fn awkward_pictures_equal_hugging_face() {
@@ -68,15 +74,11 @@ fn awkward_pictures_equal_hugging_face() {
         if path.ends_with("p20_big.jpg") {
             // Too big to keep decoded: the crop at 112 stands for it.
             let want = picture("i_preprocess/images/p20_big.u8_112.png").rgb;
-            let got = Preprocess::clip(112).crop_u8(&exact).unwrap();
-            println!("{file}: {} levels off at 112, {JPEG_LEVELS} allowed", worst(&got, &want));
-            assert!(worst(&got, &want) <= JPEG_LEVELS);
+            check_jpeg(file, &Preprocess::clip(112).crop_u8(&exact).unwrap(), &want);
             continue;
         } else if decoded != path {
             let reference = picture(&decoded);
-            let levels = worst(&exact.rgb, &reference.rgb);
-            println!("{file}: {levels} levels off, {JPEG_LEVELS} allowed");
-            assert!(levels <= JPEG_LEVELS, "{file}: {levels} levels off");
+            check_jpeg(file, &exact.rgb, &reference.rgb);
             exact = reference;
         }
 

@@ -21,6 +21,9 @@ const BITS: u32 = 32 - 8 - 2;
 /// Half of the last place: what a sum starts from, so that the final shift rounds.
 const HALF: i32 = 1 << (BITS - 1);
 
+/// Pixels that the horizontal pass takes at a time: 24 values, three registers of eight lanes.
+const BLOCK: usize = 8;
+
 /// The weights of a group of columns are kept in a table of at most about this many entries (4 bytes
 /// each); wider windows are made group by group. One group does for any source up to about 4 million
 /// columns.
@@ -270,11 +273,15 @@ impl Columns {
     fn new(axis: &Axis, columns: Range<usize>) -> Self {
         let mut table = Columns { spans: vec![], weights: vec![] };
         for taps in columns.map(|column| axis.taps(column)) {
+            // Zeros fill the weights up to whole blocks: behind, or before where the row ends.
+            let padded = taps.weights.len().next_multiple_of(BLOCK).min(axis.picture);
+            let start = taps.start.min(axis.picture - padded);
             let begin = table.weights.len();
+            table.weights.resize(begin + (taps.start - start) * 3, 0);
             table.weights.extend(taps.weights.iter().flat_map(|&weight| [weight; 3]));
+            table.weights.resize(begin + padded * 3, 0);
             let weights = begin..table.weights.len();
-            let total = taps.total();
-            table.spans.push(Span { start: taps.start * 3, weights, outside: taps.outside, total });
+            table.spans.push(Span { start: start * 3, weights, outside: taps.outside, total: taps.total() });
         }
         table
     }
@@ -408,16 +415,19 @@ fn add(sums: &mut [i32], line: &[u8], weight: i32) {
 /// of the sum does not matter, so eight pixels are 24 independent lanes.
 #[inline(always)]
 fn dot(pixels: &[u8], weights: &[i32]) -> [i32; 3] {
-    let mut lanes = [0i32; 24];
-    let (blocks, pixels) = pixels.as_chunks::<24>();
-    let (weight_blocks, weights) = weights.as_chunks::<24>();
+    let mut lanes = [0i32; 3 * BLOCK];
+    let (blocks, pixels) = pixels.as_chunks::<{ 3 * BLOCK }>();
+    let (weight_blocks, weights) = weights.as_chunks::<{ 3 * BLOCK }>();
     for (pixels, weights) in blocks.iter().zip(weight_blocks) {
         add_products(&mut lanes, pixels, weights);
     }
-    let mut sum = [0i32; 3];
-    for triple in lanes.as_chunks::<3>().0 {
-        sum = std::array::from_fn(|c| sum[c].wrapping_add(triple[c]));
+    // Half is added to half, down to one pixel.
+    for half in [12, 6, 3] {
+        for i in 0..half {
+            lanes[i] = lanes[i].wrapping_add(lanes[i + half]);
+        }
     }
+    let mut sum = [lanes[0], lanes[1], lanes[2]];
     for (pixel, weight) in pixels.as_chunks::<3>().0.iter().zip(weights.as_chunks::<3>().0) {
         add_products(&mut sum, pixel, weight);
     }

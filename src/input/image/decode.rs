@@ -127,6 +127,7 @@ fn read_gif(bytes: &[u8]) -> Result<Picture, Box<dyn std::error::Error>> {
     let at = [frame.left, frame.top].map(usize::from);
     let size = [frame.width, frame.height].map(usize::from);
     let [width, height] = [0, 1].map(|i| screen[i].max((at[i] + size[i]) as u32));
+    check_size(frame.width.into(), frame.height.into())?;
     check_size(width, height)?;
     let [width, height] = [width as usize, height as usize];
 

@@ -163,7 +163,7 @@ fn a_batch_makes_the_tokens_of_its_members() {
         assert_eq!(made[..expected.len()], expected, "{}", request.name);
     }
     let pages = engine.session().pages().clone();
-    pages.lock().check_integrity(sequences.iter().map(|s| s.page_table())).unwrap();
+    pages.check_integrity(sequences.iter().map(|s| s.page_table())).unwrap();
     drop(sequences);
-    assert_eq!(pages.lock().free(), pages.lock().total(), "pages leaked");
+    assert_eq!(pages.free(), pages.total(), "pages leaked");
 }

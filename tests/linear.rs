@@ -3,12 +3,10 @@
 
 use half::{bf16, f16};
 use tessera::backend::cpu::lanes::Isa;
-use tessera::op::Activation;
-use tessera::backend::cpu::linear::{
-    K_BLOCK, Layer, Residual, gated_linear, linear, linear_workspace,
-};
+use tessera::backend::cpu::linear::{K_BLOCK, Layer, Residual, gated_linear, linear, linear_workspace};
 use tessera::backend::cpu::machine::Machine;
 use tessera::backend::cpu::panel::Matrix;
+use tessera::op::Activation;
 use tessera::tensor::DType;
 
 /// A small generator, so that a failure can be repeated from its case alone.

@@ -125,9 +125,9 @@ fn forks_are_separate_runs() {
     let mut trunk = begin(&session, &prefix);
     let advance = Advance { tokens: trunk.pending(), sequence: &mut trunk, want: Want::Nothing };
     session.step(&mut [advance], &control).unwrap();
-    let free = session.pages().lock().free();
+    let free = session.pages().free();
     let mut forks = [session.fork(&trunk), session.fork(&trunk)];
-    assert_eq!(session.pages().lock().free(), free, "a fork takes no page");
+    assert_eq!(session.pages().free(), free, "a fork takes no page");
 
     let mut made = [Vec::new(), Vec::new()];
     for step in 0..30 {
@@ -146,7 +146,7 @@ fn forks_are_separate_runs() {
         }
     }
     let tables = [&trunk, &forks[0], &forks[1]].map(|s| s.page_table());
-    session.pages().lock().check_integrity(tables).unwrap();
+    session.pages().check_integrity(tables).unwrap();
     assert_eq!(tables[0].pages()[..2], tables[1].pages()[..2], "full pages are shared");
     assert_ne!(tables[1].pages()[2], tables[2].pages()[2], "tails are not");
 
@@ -156,7 +156,7 @@ fn forks_are_separate_runs() {
         assert_eq!(made[..], separate[prefix.len()..]);
     }
     drop((trunk, forks));
-    assert_eq!(session.pages().lock().free(), session.pages().lock().total());
+    assert_eq!(session.pages().free(), session.pages().total());
 }
 
 /// Pages that another sequence filled, even with NaN, do not reach a new one.
@@ -191,7 +191,7 @@ fn a_full_cache_is_an_error_that_changes_nothing() {
     let text = session.step(&mut batch, &control).unwrap_err().to_string();
     assert!(text.contains("2 more pages") && text.contains("1 of 3 are free"), "{text}");
     assert_eq!((a.cached(), b.cached()), (0, 0));
-    assert_eq!(session.pages().lock().free(), 3);
+    assert_eq!(session.pages().free(), 3);
     session.step(&mut [Advance { tokens: 30, sequence: &mut a, want: Want::Next }], &control).unwrap();
     assert_eq!(a.cached(), 30);
 }

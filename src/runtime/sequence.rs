@@ -28,9 +28,30 @@ impl SharedPages {
         SharedPages(Arc::new(Mutex::new(pages)))
     }
 
+    /// Pages in the pool.
+    pub fn total(&self) -> usize {
+        self.lock().total()
+    }
+
+    /// Pages that nobody holds.
+    pub fn free(&self) -> usize {
+        self.lock().free()
+    }
+
+    /// Checks the bookkeeping; see [`PageAllocator::check_integrity`].
+    ///
+    /// # Errors
+    /// The first contradiction, in words.
+    pub fn check_integrity<'a>(
+        &self,
+        tables: impl IntoIterator<Item = &'a PageTable>,
+    ) -> std::result::Result<(), String> {
+        self.lock().check_integrity(tables)
+    }
+
     /// The allocator. A panic elsewhere while it was held cannot leave it half changed: every method
     /// of it checks before it changes anything.
-    pub fn lock(&self) -> MutexGuard<'_, PageAllocator> {
+    pub(super) fn lock(&self) -> MutexGuard<'_, PageAllocator> {
         self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 

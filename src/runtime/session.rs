@@ -555,7 +555,7 @@ fn limits(config: &crate::model::config::TextConfig, options: &SessionOptions) -
         return Err(Error::option("--kv-memory", expected, options.kv_memory.unwrap_or(0)));
     }
     let pages = pages.min(MAX_PAGES);
-    let tokens = options.prefill_chunk.min(context.min(pages * PAGE)).max(options.max_sequences);
+    let tokens = options.prefill_chunk.min(context).max(options.max_sequences);
     Ok(Bindings {
         tokens,
         outputs: if options.all_logits { tokens } else { options.max_sequences },

@@ -51,19 +51,19 @@ pub struct SessionArgs {
 #[derive(Debug, Args)]
 pub struct SamplingArgs {
     /// 0 is greedy [default: 0, or 1 if another sampling option is given]
-    #[arg(long, value_name = "T")]
+    #[arg(long, value_name = "T", allow_negative_numbers = true)]
     pub temperature: Option<f32>,
     /// Keep the K most probable tokens
     #[arg(long, value_name = "K")]
     pub top_k: Option<u32>,
     /// Keep the most probable tokens up to this much probability
-    #[arg(long, value_name = "P")]
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
     pub top_p: Option<f32>,
     /// Drop tokens less probable than this fraction of the most probable
-    #[arg(long, value_name = "P")]
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
     pub min_p: Option<f32>,
     /// Above 1: make tokens of the prompt and the answer less probable
-    #[arg(long, value_name = "R")]
+    #[arg(long, value_name = "R", allow_negative_numbers = true)]
     pub repetition_penalty: Option<f32>,
     /// The same seed gives the same text [default: from the clock, and printed]
     #[arg(long, value_name = "S")]

@@ -92,7 +92,8 @@ mod tests {
 
     #[test]
     fn out_of_range_options_are_named() {
-        let table: [(&str, fn(&mut Sampling)); 7] = [
+        type Spoil = fn(&mut Sampling);
+        let table: [(&str, Spoil); 7] = [
             ("--temperature", |s| s.temperature = -1.0),
             ("--temperature", |s| s.temperature = f32::NAN),
             ("--top-p", |s| s.top_p = 0.0),

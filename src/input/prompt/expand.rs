@@ -85,7 +85,8 @@ mod tests {
     #[test]
     fn both_conventions_and_their_mismatches() {
         let span = |start, len| ImageSpan { start, len };
-        let cases: [(&[u32], &[usize], Option<(&[u32], Vec<ImageSpan>)>); 12] = [
+        type Expanded<'a> = Option<(&'a [u32], Vec<ImageSpan>)>;
+        let cases: [(&[u32], &[usize], Expanded<'_>); 12] = [
             (&[1, 2], &[], Some((&[1, 2], vec![]))),
             (&[], &[], Some((&[], vec![]))),
             (&[1, 9, 2], &[3], Some((&[1, 9, 9, 9, 2], vec![span(1, 3)]))),

@@ -28,6 +28,8 @@ pub const K_BLOCK: usize = 256;
 const FEW_ROWS: usize = 4;
 /// Activation rows that are packed, and whose sums a thread keeps, at a time.
 const ROW_BLOCK: usize = 768;
+/// How many columns ahead of their use packed rows are asked for: they stream from an outer cache.
+const PACKED_AHEAD: usize = 256;
 /// Every tile's height divides this.
 const TILE_ROWS: usize = 12;
 /// Sixteen-output groups in a strip.
@@ -343,31 +345,33 @@ impl Product<'_> {
         let mut total = [[lanes.splat(0.0); GROUPS]; R];
         for start in (0..k).step_by(K_BLOCK) {
             let end = k.min(start + K_BLOCK);
+            let whole = start + (end - start) / line * line;
             let mut sums = [[lanes.splat(0.0); GROUPS]; R];
-            for at in (start..end).step_by(line) {
+            let mut add = |g: usize, column: usize, w: L::V| {
+                for row in 0..R {
+                    // SAFETY: `row < m` and `column < k`.
+                    let x = lanes.splat(unsafe { *x.add(row * k + column) });
+                    sums[row][g] = lanes.fma(x, w, sums[row][g]);
+                }
+            };
+            for at in (start..whole).step_by(line) {
                 for g in 0..GROUPS {
-                    // SAFETY: the columns exist; the caller vouches for the dtype.
-                    let words = unsafe { groups[g].columns::<L, F>(lanes, at, end - at) };
-                    let mut add = |column: usize, w: L::V| {
-                        for row in 0..R {
-                            // SAFETY: `row < m` and `at + column < k`.
-                            let x = lanes.splat(unsafe { *x.add(row * k + at + column) });
-                            sums[row][g] = lanes.fma(x, w, sums[row][g]);
-                        }
-                    };
-                    if end - at >= line {
-                        for w in 0..LANES {
-                            let columns = F::split(lanes, words[w]);
-                            for half in 0..F::PER_WORD {
-                                add(F::PER_WORD * w + half, columns[half]);
-                            }
-                        }
-                    } else {
-                        for column in 0..end - at {
-                            let columns = F::split(lanes, words[column / F::PER_WORD]);
-                            add(column, columns[column % F::PER_WORD]);
+                    // SAFETY: the columns of the line exist; the caller vouches for the dtype.
+                    let words = unsafe { groups[g].columns::<L, F>(lanes, at) };
+                    for w in 0..LANES {
+                        let columns = F::split(lanes, words[w]);
+                        for half in 0..F::PER_WORD {
+                            add(g, at + F::PER_WORD * w + half, columns[half]);
                         }
                     }
+                }
+            }
+            for g in 0..if whole < end { GROUPS } else { 0 } {
+                // SAFETY: columns `whole..end` exist; the caller vouches for the dtype.
+                let words = unsafe { groups[g].last_columns::<L, F>(lanes, whole, end - whole) };
+                for column in whole..end {
+                    let columns = F::split(lanes, words[(column - whole) / F::PER_WORD]);
+                    add(g, column, columns[(column - whole) % F::PER_WORD]);
                 }
             }
             total = accumulate(lanes, start == 0, total, sums);
@@ -534,6 +538,7 @@ unsafe fn tile<L: Lanes, const R: usize, const G: usize>(
         // SAFETY: `k < count`; the caller vouches for the extents.
         unsafe {
             let w: [L::V; G] = std::array::from_fn(|g| lanes.load(panels.add(g * PANEL + k * LANES)));
+            lanes.prefetch(packed.wrapping_add((k + PACKED_AHEAD) * R).cast());
             for row in 0..R {
                 let x = lanes.splat(*packed.add(k * R + row));
                 for g in 0..G {

@@ -9,7 +9,8 @@
 use super::lanes::{LANES, Lanes};
 use crate::tensor::{DType, Weight};
 
-/// How many columns ahead of their use weights are asked for.
+/// How many bytes ahead of their use weights are asked for, into the second-level cache: sixteen rows
+/// lie a power of two apart as a rule, and would push one another out of the first.
 const AHEAD: usize = 256;
 
 /// A matrix `[rows, cols]` of raw elements, row-major and dense, at any alignment; a vector has one
@@ -137,26 +138,36 @@ impl RowGroup {
         std::array::from_fn(|r| self.first.wrapping_add(r.min(self.rows - 1) * self.stride + offset))
     }
 
-    /// The line at column `k`, of which `count` columns are wanted, transposed. Also asks for the line
-    /// a K-block further on, which a product needs next.
+    /// The line that begins at column `k`, transposed. Also asks for a line further on in each row.
     ///
     /// # Safety
-    /// The group's matrix is valid, has dtype `F`, and columns `k..k + count`.
+    /// The group's matrix is valid, has dtype `F`, and all columns of that line.
     #[inline(always)]
-    pub unsafe fn columns<L: Lanes, F: Format>(&self, lanes: L, k: usize, count: usize) -> [L::Words; LANES] {
-        let size = F::DTYPE.size();
-        let lines = self.lines(k * size);
-        if count * size >= 64 {
-            for line in lines {
-                lanes.prefetch(line.wrapping_add(AHEAD * size));
-            }
-            // SAFETY: each row has `count` columns from `k` on, 64 bytes or more.
-            return unsafe { lanes.transpose_lines(&lines) };
+    pub unsafe fn columns<L: Lanes, F: Format>(&self, lanes: L, k: usize) -> [L::Words; LANES] {
+        let lines = self.lines(k * F::DTYPE.size());
+        for line in lines {
+            lanes.prefetch(line.wrapping_add(AHEAD));
         }
+        // SAFETY: each row has the columns of the line, 64 bytes.
+        unsafe { lanes.transpose_lines(&lines) }
+    }
+
+    /// The line that begins at column `k` where a row has only `count` columns left, the others zero.
+    ///
+    /// # Safety
+    /// As [`RowGroup::columns`], but for `count` columns, fewer than fill a line.
+    #[inline(always)]
+    pub unsafe fn last_columns<L: Lanes, F: Format>(
+        &self,
+        lanes: L,
+        k: usize,
+        count: usize,
+    ) -> [L::Words; LANES] {
+        let lines = self.lines(k * F::DTYPE.size());
         let mut padded = [[0u8; 64]; LANES];
         for (line, row) in lines.iter().zip(&mut padded) {
             // SAFETY: each row has `count` columns from `k` on; they fit in a line.
-            unsafe { std::ptr::copy_nonoverlapping(*line, row.as_mut_ptr(), count * size) }
+            unsafe { std::ptr::copy_nonoverlapping(*line, row.as_mut_ptr(), count * F::DTYPE.size()) }
         }
         let lines = std::array::from_fn(|r| padded[r].as_ptr());
         // SAFETY: each padded line has 64 bytes.
@@ -190,30 +201,32 @@ impl RowGroup {
         panel: *mut f32,
         width: usize,
     ) {
-        let per_line = LANES * F::PER_WORD;
-        let mut done = 0;
-        while done < count {
-            let left = count - done;
-            // SAFETY: columns `k + done..k + count` exist.
-            let words = unsafe { self.columns::<L, F>(lanes, k + done, left) };
-            for (w, words) in words.into_iter().enumerate() {
-                let columns = F::split(lanes, words);
-                for (half, column) in columns.into_iter().enumerate().take(F::PER_WORD) {
-                    let at = F::PER_WORD * w + half;
-                    if at < left {
-                        // SAFETY: column `done + at` is one of `count`, and `panel` has room for it.
-                        unsafe {
-                            let dst = panel.add((done + at) * width);
-                            if width == LANES {
-                                lanes.store(dst, column)
-                            } else {
-                                lanes.store_first(dst, column, width)
-                            }
-                        }
-                    }
+        let line = LANES * F::PER_WORD;
+        let store = |at: usize, column: L::V| {
+            // SAFETY: the column is one of `count`, and `panel` has room for it.
+            unsafe {
+                let dst = panel.add(at * width);
+                if width == LANES { lanes.store(dst, column) } else { lanes.store_first(dst, column, width) }
+            }
+        };
+        let whole = count / line * line;
+        for at in (0..whole).step_by(line) {
+            // SAFETY: columns `k + at..k + at + line` exist.
+            let words = unsafe { self.columns::<L, F>(lanes, k + at) };
+            for w in 0..LANES {
+                let columns = F::split(lanes, words[w]);
+                for half in 0..F::PER_WORD {
+                    store(at + F::PER_WORD * w + half, columns[half]);
                 }
             }
-            done += per_line;
+        }
+        if whole < count {
+            // SAFETY: columns `k + whole..k + count` exist.
+            let words = unsafe { self.last_columns::<L, F>(lanes, k + whole, count - whole) };
+            for at in whole..count {
+                let columns = F::split(lanes, words[(at - whole) / F::PER_WORD]);
+                store(at, columns[(at - whole) % F::PER_WORD]);
+            }
         }
     }
 }

@@ -10,6 +10,7 @@ use tessera::backend::cpu::linear::{Layer, Residual, linear, linear_workspace};
 use tessera::backend::cpu::machine::{Machine, Task};
 use tessera::backend::cpu::panel::Matrix;
 use tessera::backend::cpu::pool::Worker;
+use tessera::op::Activation;
 use tessera::tensor::DType;
 
 /// Register-resident multiply-adds: 24 chains on AVX-512, as many as a tile has.

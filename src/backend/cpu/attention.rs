@@ -10,7 +10,7 @@
 
 use super::lanes::{LANES, Lanes, Math};
 use super::machine::{Machine, Task};
-use super::panel::{Matrix, RowGroup};
+use super::panel::{Matrix, Panel, RowGroup};
 use super::pool::Worker;
 use crate::op::PAGE;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
@@ -484,7 +484,8 @@ impl DenseTask<'_> {
         // SAFETY: the columns are this head's keys, and `k` has room for a page; `v` likewise, in the
         // second half of the workspace.
         unsafe {
-            rows.unpack(lanes, column, head_dim, k, PAGE);
+            let panel = Panel { at: k, width: PAGE, lane: PAGE, step: PAGE * LANES };
+            rows.unpack(lanes, column, head_dim, head_dim, panel);
             for row in first..self.rows.min(first + PAGE) {
                 let from = self.qkv[row * 3 * width + width + column..].as_ptr();
                 std::ptr::copy_nonoverlapping(from, v.add((row - first) * head_dim), head_dim);

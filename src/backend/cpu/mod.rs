@@ -4,6 +4,8 @@
 //! machine has ([`machine`]), on a persistent pool of threads ([`pool`]). Sums have one order on all of
 //! them, so a result's bits depend on neither.
 
+#![allow(clippy::needless_range_loop, reason = "loops over registers name several arrays by one index")]
+
 pub mod attention;
 pub mod embed;
 pub mod lanes;

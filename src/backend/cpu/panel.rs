@@ -9,7 +9,8 @@
 use super::lanes::{LANES, Lanes};
 use crate::tensor::{DType, Weight};
 
-/// How many columns ahead of their use weights are asked for.
+/// How many bytes ahead of their use weights are asked for, into the second-level cache: sixteen rows
+/// lie a power of two apart as a rule, and would push one another out of the first.
 const AHEAD: usize = 256;
 
 /// A matrix `[rows, cols]` of raw elements, row-major and dense, at any alignment; a vector has one
@@ -79,6 +80,11 @@ pub(super) trait Format {
     const PER_WORD: usize;
     /// The elements of sixteen words; the second is meant only if there are two to a word.
     fn split<L: Lanes>(lanes: L, words: L::Words) -> [L::V; 2];
+    /// Sixteen elements in order.
+    ///
+    /// # Safety
+    /// They are readable at `src`. No alignment is needed.
+    unsafe fn load<L: Lanes>(lanes: L, src: *const u8) -> L::V;
 }
 
 pub(super) struct F32;
@@ -92,6 +98,11 @@ impl Format for F32 {
     fn split<L: Lanes>(lanes: L, words: L::Words) -> [L::V; 2] {
         [lanes.words_f32(words); 2]
     }
+    #[inline(always)]
+    unsafe fn load<L: Lanes>(lanes: L, src: *const u8) -> L::V {
+        // SAFETY: the caller's obligation.
+        unsafe { lanes.load(src.cast()) }
+    }
 }
 
 impl Format for F16 {
@@ -101,6 +112,11 @@ impl Format for F16 {
     fn split<L: Lanes>(lanes: L, words: L::Words) -> [L::V; 2] {
         lanes.words_f16(words)
     }
+    #[inline(always)]
+    unsafe fn load<L: Lanes>(lanes: L, src: *const u8) -> L::V {
+        // SAFETY: the caller's obligation.
+        unsafe { lanes.load_f16(src) }
+    }
 }
 
 impl Format for Bf16 {
@@ -109,6 +125,11 @@ impl Format for Bf16 {
     #[inline(always)]
     fn split<L: Lanes>(lanes: L, words: L::Words) -> [L::V; 2] {
         lanes.words_bf16(words)
+    }
+    #[inline(always)]
+    unsafe fn load<L: Lanes>(lanes: L, src: *const u8) -> L::V {
+        // SAFETY: the caller's obligation.
+        unsafe { lanes.load_bf16(src) }
     }
 }
 
@@ -131,50 +152,67 @@ impl RowGroup {
         RowGroup { first, stride, rows: LANES.min(matrix.rows - row), dtype: matrix.dtype }
     }
 
+    /// The address of byte `offset` of a row, of the last for rows that do not exist.
+    #[inline(always)]
+    pub fn row(&self, row: usize, offset: usize) -> *const u8 {
+        self.first.wrapping_add(row.min(self.rows - 1) * self.stride + offset)
+    }
+
     /// The address of byte `offset` of each row.
     #[inline(always)]
     fn lines(&self, offset: usize) -> [*const u8; LANES] {
-        std::array::from_fn(|r| self.first.wrapping_add(r.min(self.rows - 1) * self.stride + offset))
+        std::array::from_fn(|r| self.row(r, offset))
     }
 
-    /// The line at column `k`, of which `count` columns are wanted, transposed. Also asks for the line
-    /// a K-block further on, which a product needs next.
+    /// The line that begins at column `k`, transposed. Also asks for a line further on in each row.
     ///
     /// # Safety
-    /// The group's matrix is valid, has dtype `F`, and columns `k..k + count`.
+    /// The group's matrix is valid, has dtype `F`, and all columns of that line.
     #[inline(always)]
-    pub unsafe fn columns<L: Lanes, F: Format>(&self, lanes: L, k: usize, count: usize) -> [L::Words; LANES] {
-        let size = F::DTYPE.size();
-        let lines = self.lines(k * size);
-        if count * size >= 64 {
-            for line in lines {
-                lanes.prefetch(line.wrapping_add(AHEAD * size));
-            }
-            // SAFETY: each row has `count` columns from `k` on, 64 bytes or more.
-            return unsafe { lanes.transpose_lines(&lines) };
+    pub unsafe fn columns<L: Lanes, F: Format>(&self, lanes: L, k: usize) -> [L::Words; LANES] {
+        let lines = self.lines(k * F::DTYPE.size());
+        for line in lines {
+            lanes.prefetch(line.wrapping_add(AHEAD));
         }
+        // SAFETY: each row has the columns of the line, 64 bytes.
+        unsafe { lanes.transpose_lines(&lines) }
+    }
+
+    /// The line that begins at column `k` where a row has only `count` columns left, the others zero.
+    ///
+    /// # Safety
+    /// As [`RowGroup::columns`], but for `count` columns, fewer than fill a line.
+    #[inline(always)]
+    pub unsafe fn last_columns<L: Lanes, F: Format>(
+        &self,
+        lanes: L,
+        k: usize,
+        count: usize,
+    ) -> [L::Words; LANES] {
+        let lines = self.lines(k * F::DTYPE.size());
         let mut padded = [[0u8; 64]; LANES];
         for (line, row) in lines.iter().zip(&mut padded) {
             // SAFETY: each row has `count` columns from `k` on; they fit in a line.
-            unsafe { std::ptr::copy_nonoverlapping(*line, row.as_mut_ptr(), count * size) }
+            unsafe { std::ptr::copy_nonoverlapping(*line, row.as_mut_ptr(), count * F::DTYPE.size()) }
         }
         let lines = std::array::from_fn(|r| padded[r].as_ptr());
         // SAFETY: each padded line has 64 bytes.
         unsafe { lanes.transpose_lines(&lines) }
     }
 
-    /// Writes columns `k..k + count` as f32 to `panel[count][width]`, `width <= 16` rows of each.
+    /// Writes columns `k..k + count` as f32, and zeros for columns up to `padded`, a multiple of sixteen
+    /// if it is more than `count`.
     ///
     /// # Safety
-    /// The group's matrix is valid and has the columns; `panel` has room for `count * width` elements.
+    /// The group's matrix is valid and has the columns; `panel` has room for `padded` of them.
     #[inline(always)]
-    pub unsafe fn unpack<L: Lanes>(&self, lanes: L, k: usize, count: usize, panel: *mut f32, width: usize) {
+    pub unsafe fn unpack<L: Lanes>(&self, lanes: L, k: usize, count: usize, padded: usize, panel: Panel) {
         // SAFETY: the caller's obligations, and the dtype of each arm is the group's.
         unsafe {
             match self.dtype {
-                DType::F16 => self.unpack_as::<L, F16>(lanes, k, count, panel, width),
-                DType::BF16 => self.unpack_as::<L, Bf16>(lanes, k, count, panel, width),
-                DType::F32 | DType::I32 => self.unpack_as::<L, F32>(lanes, k, count, panel, width),
+                DType::F16 => self.unpack_as::<L, F16>(lanes, k, count, padded, panel),
+                DType::BF16 => self.unpack_as::<L, Bf16>(lanes, k, count, padded, panel),
+                DType::F32 | DType::I32 => self.unpack_as::<L, F32>(lanes, k, count, padded, panel),
             }
         }
     }
@@ -187,33 +225,61 @@ impl RowGroup {
         lanes: L,
         k: usize,
         count: usize,
-        panel: *mut f32,
-        width: usize,
+        padded: usize,
+        panel: Panel,
     ) {
-        let per_line = LANES * F::PER_WORD;
-        let mut done = 0;
-        while done < count {
-            let left = count - done;
-            // SAFETY: columns `k + done..k + count` exist.
-            let words = unsafe { self.columns::<L, F>(lanes, k + done, left) };
-            for (w, words) in words.into_iter().enumerate() {
-                let columns = F::split(lanes, words);
-                for (half, column) in columns.into_iter().enumerate().take(F::PER_WORD) {
-                    let at = F::PER_WORD * w + half;
-                    if at < left {
-                        // SAFETY: column `done + at` is one of `count`, and `panel` has room for it.
-                        unsafe {
-                            let dst = panel.add((done + at) * width);
-                            if width == LANES {
-                                lanes.store(dst, column)
-                            } else {
-                                lanes.store_first(dst, column, width)
-                            }
-                        }
+        let line = LANES * F::PER_WORD;
+        let whole = count / line * line;
+        for at in (0..whole).step_by(line) {
+            // SAFETY: columns `k + at..k + at + line` exist, and `panel` has room for them.
+            unsafe {
+                let words = self.columns::<L, F>(lanes, k + at);
+                for (w, words) in words.into_iter().enumerate() {
+                    let columns = F::split(lanes, words);
+                    for (half, column) in columns.into_iter().take(F::PER_WORD).enumerate() {
+                        panel.store(lanes, at, F::PER_WORD * w + half, column);
                     }
                 }
             }
-            done += per_line;
+        }
+        if whole < padded {
+            // SAFETY: columns `k + whole..k + count` exist, and `panel` has room up to `padded`.
+            unsafe {
+                let words = self.last_columns::<L, F>(lanes, k + whole, count - whole);
+                for i in 0..padded - whole {
+                    let columns = F::split(lanes, words[i / F::PER_WORD]);
+                    panel.store(lanes, whole, i, columns[i % F::PER_WORD]);
+                }
+            }
+        }
+    }
+}
+
+/// Where unpacked columns go: column i to `i % 16 * lane + i / 16 * step`, `width <= 16` rows of it.
+#[derive(Clone, Copy)]
+pub(super) struct Panel {
+    pub at: *mut f32,
+    pub width: usize,
+    pub lane: usize,
+    pub step: usize,
+}
+
+impl Panel {
+    /// Stores column `first + i`, where `first` is a multiple of sixteen.
+    ///
+    /// # Safety
+    /// There is room for it.
+    #[inline(always)]
+    unsafe fn store<L: Lanes>(&self, lanes: L, first: usize, i: usize, column: L::V) {
+        let offset = i % LANES * self.lane + (first / LANES + i / LANES) * self.step;
+        // SAFETY: the caller vouches for the room.
+        unsafe {
+            let at = self.at.add(offset);
+            if self.width == LANES {
+                lanes.store(at, column)
+            } else {
+                lanes.store_first(at, column, self.width)
+            }
         }
     }
 }

@@ -18,8 +18,8 @@ pub unsafe fn enter<K: Kernel>(kernel: K) -> K::Output {
 
 /// One intrinsic that touches no memory.
 macro_rules! op {
-    // SAFETY: an `Avx512` is made only by `enter`, whose caller vouches for the features.
     ($e:expr) => {
+        // SAFETY: an `Avx512` is made only by `enter`, whose caller vouches for the features.
         unsafe { $e }
     };
 }

@@ -18,8 +18,8 @@ pub unsafe fn enter<K: Kernel>(kernel: K) -> K::Output {
 
 /// One intrinsic that touches no memory.
 macro_rules! op {
-    // SAFETY: a `Neon` is made only by `enter`, whose caller vouches for the feature.
     ($e:expr) => {
+        // SAFETY: a `Neon` is made only by `enter`, whose caller vouches for the features.
         unsafe { $e }
     };
 }
@@ -66,7 +66,7 @@ impl Lanes for Neon {
     }
     #[inline(always)]
     fn max(self, a: V, b: V) -> V {
-        each!(q => greater(a[q], b[q]))
+        [0, 1, 2, 3].map(|q| greater(a[q], b[q]))
     }
     #[inline(always)]
     fn lt(self, a: V, b: V) -> [uint32x4_t; 4] {
@@ -113,7 +113,7 @@ impl Lanes for Neon {
     #[inline(always)]
     unsafe fn load_f16(self, src: *const u8) -> V {
         // SAFETY: the caller vouches for sixteen elements of two bytes.
-        unsafe { widen(src).map(|bits| half_to_f32(bits)) }
+        unsafe { widen(src).map(half_to_f32) }
     }
     #[inline(always)]
     unsafe fn store(self, dst: *mut f32, v: V) {

@@ -1,0 +1,296 @@
+//! Matrix products with weights as stored: y = x Wᵀ, one weight or several side by side, with bias,
+//! activation and residual; and the gated pair of a LLaMA feed-forward layer.
+//!
+//! **Reduction order.** For output (row, n), K is cut into blocks of [`K_BLOCK`]. In a block there are
+//! sixteen partial sums: number l starts at 0 and takes `x[k] * w[n][k]` by fused multiply-add for k = l,
+//! l + 16, l + 32 and so on (past the end of K both are 0). The sum starts with partial 0 of block 0, and
+//! partials are added to it in order, block by block; then come bias, activation, residual. That is all:
+//! it names no row count, thread or instruction set, so a row's result has the same bits alone, among
+//! 640 others, and on every path.
+//!
+//! **Two loops** compute it. Up to [`FEW_ROWS`] activation rows, `few` reads each row of W once, sixteen
+//! columns at a time, one to each partial sum: memory bandwidth decides. With more rows, `many` unpacks a
+//! strip of 32 outputs by one K-block to f32 for all of them, and a register tile takes one partial sum
+//! at a time: the multipliers decide.
+//!
+//! Strips are handed to threads by a counter, whoever is free first.
+
+mod few;
+mod many;
+
+use super::lanes::{LANES, Lanes, Math};
+use super::machine::{Machine, Task};
+use super::panel::{Matrix, RowGroup};
+use super::pool::Worker;
+use crate::op::Activation;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+
+/// Columns of x and W whose sixteen partial sums are brought together. Part of the reduction order.
+pub const K_BLOCK: usize = 2048;
+/// Up to so many activation rows the weights are used as they are read.
+const FEW_ROWS: usize = 4;
+/// Activation rows that are packed, and whose sums a thread keeps, at a time.
+const ROW_BLOCK: usize = 768;
+/// Every tile's height divides this.
+const TILE_ROWS: usize = 12;
+/// Sixteen-output groups in a strip.
+const GROUPS: usize = 2;
+/// Floats in a row of sums.
+const STRIP: usize = GROUPS * LANES;
+/// The workspace begins on a cache line.
+const ALIGNMENT: usize = 64;
+/// Floats in an unpacked group.
+const PANEL: usize = K_BLOCK * LANES;
+
+/// What is added last.
+#[derive(Clone, Copy, Debug)]
+pub enum Residual<'a> {
+    /// Nothing.
+    None,
+    /// An `[m, n]` block.
+    Add(&'a [f32]),
+    /// What the output held before.
+    InPlace,
+}
+
+/// One weight of a product, `[n, k]`, and its bias of n elements.
+#[derive(Clone, Copy, Debug)]
+pub struct Layer<'a> {
+    /// The weight.
+    pub weight: Matrix<'a>,
+    /// The bias, one row.
+    pub bias: Option<Matrix<'a>>,
+}
+
+/// Bytes of workspace that [`linear`] and [`gated_linear`] need for up to `m` rows of `k` inputs.
+pub fn linear_workspace(m: usize, k: usize, threads: usize) -> usize {
+    let rows = m.min(ROW_BLOCK).next_multiple_of(TILE_ROWS);
+    let floats = rows * k.next_multiple_of(LANES) + threads * (GROUPS * PANEL + rows * STRIP);
+    floats * size_of::<f32>() + ALIGNMENT
+}
+
+/// `out = activation(x Wᵢᵀ + bᵢ) + residual`, the outputs of all layers side by side in each row.
+///
+/// `x` is `[m, k]`, `out` `[m, n]` with n the sum of the layers' rows.
+///
+/// # Panics
+/// If shapes or the workspace do not fit: `Op::infer` and [`linear_workspace`] are the authority.
+pub fn linear(
+    machine: &Machine,
+    x: &[f32],
+    layers: &[Layer<'_>],
+    (activation, residual): (Activation, Residual<'_>),
+    out: &mut [f32],
+    workspace: &mut [u8],
+) {
+    let n = layers.iter().map(|layer| layer.weight.rows).sum();
+    let mut product = Product::new(x, layers, n, out, workspace, machine);
+    product.activation = activation;
+    product.residual = match residual {
+        Residual::None => std::ptr::null(),
+        Residual::InPlace => product.out,
+        Residual::Add(values) => {
+            assert_eq!(values.len(), product.m * n, "linear: residual");
+            values.as_ptr()
+        }
+    };
+    product.strips = layers.iter().map(|layer| layer.weight.rows.div_ceil(STRIP)).sum();
+    product.compute(machine);
+}
+
+/// `out = silu(x gateᵀ + b) * (x upᵀ + b)` for two layers of one shape.
+///
+/// # Panics
+/// As [`linear`].
+pub fn gated_linear(
+    machine: &Machine,
+    x: &[f32],
+    gate: Layer<'_>,
+    up: Layer<'_>,
+    out: &mut [f32],
+    workspace: &mut [u8],
+) {
+    let n = gate.weight.rows;
+    assert_eq!(n, up.weight.rows, "gated_linear: rows of gate and up");
+    let layers = [gate, up];
+    let mut product = Product::new(x, &layers, n, out, workspace, machine);
+    product.gated = true;
+    product.strips = n.div_ceil(LANES);
+    product.compute(machine);
+}
+
+/// The checked operands of a product, and how many strips it is cut into.
+struct Product<'a> {
+    layers: &'a [Layer<'a>],
+    gated: bool,
+    activation: Activation,
+    x: *const f32,
+    /// As `out`, or null.
+    residual: *const f32,
+    out: *mut f32,
+    workspace: *mut f32,
+    m: usize,
+    n: usize,
+    k: usize,
+    strips: usize,
+    /// The next strip that nobody has taken.
+    next: AtomicUsize,
+}
+
+// SAFETY: the pointers come from slices borrowed for the whole computation. Workers write disjoint
+// columns of `out` and read of `residual` only what they write themselves; they use disjoint parts of
+// the workspace, or are kept apart by a barrier.
+unsafe impl Sync for Product<'_> {}
+
+/// Thirty-two outputs: two groups of sixteen rows of W. In a gated product they are a gate and its up.
+struct Strip<'a> {
+    groups: [RowGroup; GROUPS],
+    layers: [&'a Layer<'a>; GROUPS],
+    /// The first row of W in each group.
+    rows: [usize; GROUPS],
+    /// The column of `out` for each group.
+    columns: [usize; GROUPS],
+    /// How many columns of each group are outputs.
+    widths: [usize; GROUPS],
+}
+
+impl<'a> Product<'a> {
+    fn new(
+        x: &'a [f32],
+        layers: &'a [Layer<'a>],
+        n: usize,
+        out: &'a mut [f32],
+        workspace: &'a mut [u8],
+        machine: &Machine,
+    ) -> Self {
+        let k = layers[0].weight.cols;
+        let m = x.len() / k.max(1);
+        assert!(k > 0 && x.len() == m * k, "linear: {} activations are no rows of {k}", x.len());
+        assert_eq!(out.len(), m * n, "linear: output");
+        for layer in layers {
+            assert_eq!(layer.weight.cols, k, "linear: inputs of each weight");
+            layer.weight.assert_valid();
+            if let Some(bias) = &layer.bias {
+                assert_eq!((bias.rows, bias.cols), (1, layer.weight.rows), "linear: bias");
+                bias.assert_valid();
+            }
+        }
+        let needed = linear_workspace(m, k, machine.threads());
+        assert!(m <= FEW_ROWS || workspace.len() >= needed, "linear: workspace");
+        let skip = workspace.as_ptr().align_offset(ALIGNMENT);
+        Product {
+            layers,
+            gated: false,
+            activation: Activation::None,
+            x: x.as_ptr(),
+            residual: std::ptr::null(),
+            out: out.as_mut_ptr(),
+            workspace: workspace.as_mut_ptr().wrapping_add(skip).cast(),
+            m,
+            n,
+            k,
+            strips: 0,
+            next: AtomicUsize::new(0),
+        }
+    }
+
+    fn compute(&self, machine: &Machine) {
+        if self.m > 0 {
+            machine.run(self);
+        }
+    }
+
+    /// The strip of that number.
+    #[inline(always)]
+    fn strip(&self, index: usize) -> Strip<'a> {
+        let strip = |layers: [&'a Layer<'a>; 2], rows: [usize; 2], columns, widths| Strip {
+            groups: [RowGroup::new(&layers[0].weight, rows[0]), RowGroup::new(&layers[1].weight, rows[1])],
+            layers,
+            rows,
+            columns,
+            widths,
+        };
+        if self.gated {
+            let row = index * LANES;
+            return strip(
+                [&self.layers[0], &self.layers[1]],
+                [row; 2],
+                [row; 2],
+                [LANES.min(self.n - row); 2],
+            );
+        }
+        let (mut index, mut column) = (index, 0);
+        let mut layers = self.layers.iter();
+        loop {
+            let layer = layers.next().expect("strips were counted over the same layers");
+            let n = layer.weight.rows;
+            if index >= n.div_ceil(STRIP) {
+                index -= n.div_ceil(STRIP);
+                column += n;
+                continue;
+            }
+            let row = index * STRIP;
+            let widths = [LANES.min(n - row), LANES.min(n.saturating_sub(row + LANES))];
+            // An absent second group computes the first again, and writes nothing.
+            let second = if widths[1] == 0 { row } else { row + LANES };
+            return strip([layer; 2], [row, second], [column + row, column + second], widths);
+        }
+    }
+
+    /// Strips nobody has taken, one after another.
+    #[inline(always)]
+    fn take_strip(&self) -> Option<Strip<'a>> {
+        let index = self.next.fetch_add(1, Relaxed);
+        (index < self.strips).then(|| self.strip(index))
+    }
+
+    /// Bias, activation, residual; then the results are written.
+    ///
+    /// # Safety
+    /// `row < m`, and the strip is this worker's.
+    #[inline(always)]
+    unsafe fn finish<L: Lanes>(&self, lanes: L, strip: &Strip<'_>, row: usize, sums: [L::V; GROUPS]) {
+        let mut sums = sums;
+        for g in 0..GROUPS {
+            if let Some(bias) = &strip.layers[g].bias {
+                // SAFETY: the bias was checked to have an element for each output of its weight.
+                let bias = unsafe { bias.load(lanes, 0, strip.rows[g], strip.groups[g].rows) };
+                sums[g] = lanes.add(sums[g], bias);
+            }
+        }
+        if self.gated {
+            sums[0] = lanes.mul(lanes.silu(sums[0]), sums[1]);
+        }
+        for g in 0..if self.gated { 1 } else { GROUPS } {
+            let (at, width) = (row * self.n + strip.columns[g], strip.widths[g]);
+            let mut y = match self.activation {
+                Activation::None => sums[g],
+                Activation::QuickGelu => lanes.quick_gelu(sums[g]),
+                Activation::GeluErf => lanes.gelu_erf(sums[g]),
+            };
+            // SAFETY: `width` columns from `at` on are this strip's, in `out` and in `residual`.
+            unsafe {
+                if !self.residual.is_null() {
+                    y = lanes.add(y, lanes.load_first(self.residual.add(at), width));
+                }
+                lanes.store_first(self.out.add(at), y, width);
+            }
+        }
+    }
+}
+
+impl Task for Product<'_> {
+    #[inline(always)]
+    fn run<L: Lanes>(&self, lanes: L, worker: Worker<'_>) {
+        // SAFETY: `Product::new` has checked every extent.
+        unsafe {
+            match self.m {
+                1 => self.few::<L, 1>(lanes),
+                2 => self.few::<L, 2>(lanes),
+                3 => self.few::<L, 3>(lanes),
+                4 => self.few::<L, 4>(lanes),
+                _ => self.many(lanes, worker),
+            }
+        }
+    }
+}

@@ -94,3 +94,8 @@ pub mod runtime;
 pub mod tensor;
 
 pub use error::{Error, Result};
+
+/// The README's example compiles.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -1,5 +1,6 @@
 //! Options that several commands share, and what the library makes of them.
 
+use super::progress;
 use crate::error::{Error, Result};
 use crate::input::image::ImageMode;
 use crate::model::checkpoint::LoadMode;
@@ -137,6 +138,7 @@ impl ModelArgs {
             template: self.template.clone(),
             image_mode: self.image_mode(),
             preset_dtype: self.dtype.weights(),
+            progress: Some(progress::making_weights()),
             ..LoadOptions::default()
         };
         Ok((source, options))

@@ -59,3 +59,18 @@ pub fn bar(what: &'static str, total: u64) -> ProgressBar {
     bar.set_message(what);
     bar
 }
+
+/// Shows how far a preset's weights are if they take longer than half a second; gone when they are done.
+pub fn making_weights() -> crate::runtime::model::Progress {
+    let bar = std::sync::OnceLock::new();
+    let start = std::time::Instant::now();
+    crate::runtime::model::Progress(Arc::new(move |done, total| {
+        if start.elapsed() > Duration::from_millis(500) {
+            let bar = bar.get_or_init(|| self::bar("making weights", total));
+            bar.set_position(done);
+            if done >= total {
+                bar.finish_and_clear();
+            }
+        }
+    }))
+}

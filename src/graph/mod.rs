@@ -167,6 +167,11 @@ impl<'a> GraphBuilder<'a> {
         self.graph.keep(value);
     }
 
+    /// The type of a value.
+    pub fn ty(&self, value: ValueId) -> TensorType {
+        self.graph.ty(value)
+    }
+
     /// Nodes so far.
     #[allow(clippy::len_without_is_empty, reason = "a position in the list, not a container's size")]
     pub fn len(&self) -> usize {

@@ -111,3 +111,75 @@ fn lowest_free(placed: &[(usize, &Block)], block: &Block) -> usize {
     }
     offset
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::cpu::CpuBackend;
+    use crate::graph::GraphBuilder;
+    use crate::op::Op;
+    use crate::tensor::{Rows, TensorType};
+    use proptest::prelude::*;
+
+    /// A graph of sums of random earlier values, some of them kept.
+    fn random_graph(backend: &CpuBackend, choices: &[(usize, usize, bool)]) -> Graph {
+        let mut b = GraphBuilder::new(backend);
+        let ty = TensorType::f32(Rows::Tokens, 24);
+        let mut values = vec![b.input("a", ty), b.input("b", ty)];
+        for &(x, y, keep) in choices {
+            let select = Op::SelectRows { select: crate::op::Select::All };
+            let ins = [values[x % values.len()], values[y % values.len()]];
+            // Widths differ from node to node, so that blocks of different sizes must be fitted.
+            let op = if x % 3 == 0 { Op::L2Normalize } else { select };
+            let ins = if op == Op::L2Normalize { &ins[..1] } else { &ins[..] };
+            let out = b.push("node", op, ins, &[]).unwrap();
+            if keep {
+                b.keep(out);
+            }
+            if b.ty(out).cols < 2000 {
+                values.push(out);
+            }
+        }
+        b.finish()
+    }
+
+    /// Values that live at the same time lie apart, and the arena is no larger than all of them.
+    #[test]
+    fn what_lives_together_lies_apart() {
+        let backend = CpuBackend::new(Some(1)).unwrap();
+        let choice = (0..64usize, 0..64usize, prop::bool::weighted(0.1));
+        proptest!(|(choices in prop::collection::vec(choice, 1..40), tokens in 1..9usize)| {
+            let graph = random_graph(&backend, &choices);
+            let max = Bindings { tokens, ..Bindings::default() };
+            let plan = Plan::new(&graph, &backend, max);
+            let blocks = lifetimes(&graph, &max);
+            let mut sum = 0;
+            for (i, a) in blocks.iter().enumerate() {
+                let start = plan.offsets[a.value].unwrap();
+                sum += a.bytes;
+                prop_assert!(start % ALIGN == 0 && start + a.bytes <= plan.workspace);
+                for b in &blocks[..i] {
+                    let other = plan.offsets[b.value].unwrap();
+                    let apart_in_time = a.first > b.last || b.first > a.last;
+                    let apart = start + a.bytes <= other || other + b.bytes <= start;
+                    prop_assert!(apart_in_time || apart, "values {} and {}", a.value, b.value);
+                }
+            }
+            prop_assert!(plan.workspace <= sum);
+        });
+    }
+
+    /// A long chain needs two blocks, not one for each node.
+    #[test]
+    fn memory_is_used_again() {
+        let backend = CpuBackend::new(Some(1)).unwrap();
+        let mut b = GraphBuilder::new(&backend);
+        let mut x = b.input("x", TensorType::f32(Rows::Tokens, 16));
+        for _ in 0..50 {
+            x = b.push("node", Op::L2Normalize, &[x], &[]).unwrap();
+        }
+        let max = Bindings { tokens: 4, ..Bindings::default() };
+        let plan = Plan::new(&b.finish(), &backend, max);
+        assert_eq!(plan.workspace, 3 * 4 * 16 * 4, "the input, which is kept, and two in turn");
+    }
+}

@@ -93,8 +93,18 @@ pub struct LoadOptions {
     pub preset_dtype: DType,
     /// The seed of a preset's weights.
     pub preset_seed: u64,
-    /// Told of the bytes of a preset's weights made so far, and of all.
-    pub progress: fn(u64, u64),
+    /// Told how many bytes of a preset's weights are made, and how many there will be.
+    pub progress: Option<Progress>,
+}
+
+/// A callback that is given (done, all).
+#[derive(Clone)]
+pub struct Progress(pub Arc<dyn Fn(u64, u64) + Send + Sync>);
+
+impl fmt::Debug for Progress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Progress")
+    }
 }
 
 impl Default for LoadOptions {
@@ -106,7 +116,7 @@ impl Default for LoadOptions {
             image_mode: None,
             preset_dtype: DType::F16,
             preset_seed: 0,
-            progress: |_, _| {},
+            progress: None,
         }
     }
 }
@@ -149,7 +159,7 @@ impl Model {
                 };
                 let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
                 let total = preset.bytes(options.preset_dtype)?;
-                let progress = |done| (options.progress)(done, total);
+                let progress = |done| options.progress.iter().for_each(|p| p.0(done, total));
                 let weights =
                     preset.weights(options.preset_dtype, options.preset_seed, threads, &progress)?;
                 (config, generation, weights)

@@ -145,11 +145,11 @@ pub enum Error {
     },
     /// A forward pass made NaN or infinity.
     #[error(
-        "step {step}: the logits are not finite; the first node with a non-finite result is `{node}`{hint}"
+        "the step at position {position} made results that are not finite; the first node to do so is `{node}`{hint}"
     )]
     NonFinite {
-        /// Which step of the request: 0 is the prefill.
-        step: usize,
+        /// Positions that were cached before the step; 0 in a tower and at the start of a prompt.
+        position: usize,
         /// The first bad node in execution order.
         node: String,
         /// A likely cause, beginning with a separator, or empty.

@@ -157,7 +157,7 @@ mod tests {
             for (i, a) in blocks.iter().enumerate() {
                 let start = plan.offsets[a.value].unwrap();
                 sum += a.bytes;
-                prop_assert!(start % ALIGN == 0 && start + a.bytes <= plan.workspace);
+                prop_assert!(start.is_multiple_of(ALIGN) && start + a.bytes <= plan.workspace);
                 for b in &blocks[..i] {
                     let other = plan.offsets[b.value].unwrap();
                     let apart_in_time = a.first > b.last || b.first > a.last;

@@ -1,10 +1,12 @@
 //! The front desk: pictures and questions in, text out.
 
+use super::batch::{Advance, Want};
 use super::model::{LoadOptions, Model, Source};
 use super::request::{Completion, FinishReason, Input, Request, TokenLogProb};
 use super::sampling::log_probs;
 use super::sequence::{EncodedImage, Sequence};
-use super::session::{Advance, Session, SessionOptions, Want};
+use super::session::Session;
+use super::size::SessionOptions;
 use crate::error::{Error, Result};
 use crate::graph::Control;
 use crate::input::image::{DecodeOptions, Picture, decode, pixels_sha256};

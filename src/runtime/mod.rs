@@ -4,6 +4,7 @@
 //! [`Model`] is shared and read-only: configuration, tokenizer, graphs, weights. [`Session`] owns what a
 //! running model writes to: one arena and the KV cache. [`Engine`] is a session with a front desk.
 
+pub mod batch;
 pub mod engine;
 pub mod kv;
 pub mod model;
@@ -12,10 +13,13 @@ pub mod request;
 pub mod sampling;
 pub mod sequence;
 pub mod session;
+pub mod size;
 
+pub use batch::{Advance, Want};
 pub use engine::{Engine, ImageHandle};
 pub use model::{LoadOptions, Model, Source};
 pub use request::{Completion, FinishReason, Input, Request};
 pub use sampling::Sampling;
 pub use sequence::{EncodedImage, Sequence};
-pub use session::{Advance, Session, SessionOptions, Want};
+pub use session::Session;
+pub use size::{MemoryPlan, SessionOptions};

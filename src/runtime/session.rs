@@ -3,102 +3,21 @@
 //! A step takes any mixture of sequences, each with a chunk of its pending ids, packs their rows, and
 //! runs the language graph once. It allocates nothing: rows are staged in vectors of fixed capacity.
 
+use super::batch::{Advance, Staging};
 use super::kv::{KvPool, page_bytes};
 use super::model::Model;
 use super::pages::PageAllocator;
 use super::sampling::Sampling;
 use super::sequence::{EncodedImage, Sequence, SharedPages};
+use super::size::{MemoryPlan, SessionOptions, limits};
 use crate::backend::Buffer;
 use crate::error::{Error, Result};
 use crate::graph::{Control, Executor, Plan};
 use crate::model::llama::Llama;
-use crate::op::{PAGE, SampleParams};
 use crate::tensor::Bindings;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-
-/// How large a session is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct SessionOptions {
-    /// Most positions of one sequence; `None` takes what the model was made for.
-    pub context: Option<usize>,
-    /// Bytes of the KV cache; `None` makes room for one sequence of `context` positions.
-    pub kv_memory: Option<u64>,
-    /// Most token rows of one step.
-    pub prefill_chunk: usize,
-    /// Most sequences of one step.
-    pub max_sequences: usize,
-    /// Makes room for the logits of every row of a step; without it, for as many rows as sequences.
-    pub all_logits: bool,
-}
-
-impl Default for SessionOptions {
-    fn default() -> Self {
-        SessionOptions {
-            context: None,
-            kv_memory: None,
-            prefill_chunk: 1024,
-            max_sequences: 8,
-            all_logits: false,
-        }
-    }
-}
-
-/// What a step computes for a sequence, beyond filling its cache.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Want {
-    /// Nothing: this is a chunk in the middle of a prompt.
-    Nothing,
-    /// The logits of the last row, and the token chosen from them.
-    Next,
-    /// The logits of every row, and the token chosen from the last.
-    All,
-}
-
-/// A sequence's part in a step.
-#[derive(Debug)]
-pub struct Advance<'a> {
-    /// The sequence.
-    pub sequence: &'a mut Sequence,
-    /// How many of its pending ids to process, at least one.
-    pub tokens: usize,
-    /// What to compute.
-    pub want: Want,
-}
-
-impl Advance<'_> {
-    /// Rows of logits it asks for.
-    fn outputs(&self) -> usize {
-        match self.want {
-            Want::Nothing => 0,
-            Want::Next => 1,
-            Want::All => self.tokens,
-        }
-    }
-}
-
-/// Where the bytes go.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct MemoryPlan {
-    /// Weights, mapped or in memory.
-    pub weights: u64,
-    /// The KV pool.
-    pub kv: u64,
-    /// Inputs, intermediates and workspace of the larger of the two graphs.
-    pub arena: u64,
-    /// Pages in the pool.
-    pub pages: usize,
-    /// Most positions of one sequence.
-    pub context: usize,
-}
-
-impl MemoryPlan {
-    /// All of it.
-    pub fn total(&self) -> u64 {
-        self.weights + self.kv + self.arena
-    }
-}
 
 /// What a running model writes to.
 pub struct Session {
@@ -112,23 +31,6 @@ pub struct Session {
     staging: Staging,
     #[allow(dead_code, reason = "the language graph reads it by address")]
     rope: Buffer,
-}
-
-/// The rows of a step on their way to the device. Capacities are for the largest step.
-#[derive(Default)]
-struct Staging {
-    ids: Vec<i32>,
-    sources: Vec<i32>,
-    positions: Vec<i32>,
-    slots: Vec<i32>,
-    table_starts: Vec<i32>,
-    tables: Vec<i32>,
-    select: Vec<i32>,
-    params: Vec<SampleParams>,
-    next: Vec<i32>,
-    /// For each sequence of the last step: its output rows.
-    outputs: Vec<Range<usize>>,
-    bindings: Bindings,
 }
 
 impl Session {
@@ -343,7 +245,7 @@ impl Session {
     pub fn step(&mut self, batch: &mut [Advance<'_>], control: &Control) -> Result<()> {
         self.admit(batch)?;
         self.grow(batch)?;
-        self.stage(batch);
+        self.staging.stage(batch, &mut self.language, self.model.llama());
         let done = self.run(batch, control);
         if done.is_err() {
             for a in batch {
@@ -439,56 +341,6 @@ impl Session {
         Ok(())
     }
 
-    /// Packs the rows of the step and writes them to the device.
-    fn stage(&mut self, batch: &[Advance<'_>]) {
-        let s = &mut self.staging;
-        s.clear();
-        let llama = self.model.llama();
-        for a in batch {
-            let (sequence, end) = (&a.sequence, a.sequence.table.len());
-            let start = s.tables.len() as i32;
-            s.tables.extend(sequence.table.pages().iter().map(|&p| p as i32));
-            for position in end - a.tokens..end {
-                let row = s.ids.len();
-                s.ids.push(sequence.ids[position] as i32);
-                s.positions.push(position as i32);
-                s.slots.push(sequence.table.slot(position) as i32);
-                s.table_starts.push(start);
-                s.sources.push(if sequence.image_at(position).is_some() { row as i32 } else { -1 });
-            }
-            let (rows, first) = (s.ids.len(), s.select.len());
-            for row in rows - a.outputs()..rows {
-                // Only the last row's token is of interest; greedy is the cheapest way to skip the rest.
-                let sampling = if row + 1 == rows { sequence.sampling } else { Sampling::GREEDY };
-                s.select.push(row as i32);
-                s.params.push(sampling.params(end));
-            }
-            s.outputs.push(first..s.select.len());
-        }
-        s.bindings = Bindings {
-            tokens: s.ids.len(),
-            outputs: s.select.len(),
-            table_entries: s.tables.len(),
-            images: 0,
-            ..self.language.plan().max
-        };
-        let language = &mut self.language;
-        language.write(llama.ids, &s.ids);
-        language.write(llama.sources, &s.sources);
-        language.write(llama.positions, &s.positions);
-        language.write(llama.slots, &s.slots);
-        language.write(llama.table_starts, &s.table_starts);
-        language.write(llama.tables, &s.tables);
-        language.write(llama.select, &s.select);
-        language.write(llama.params, &s.params);
-        for (a, rows) in batch.iter().zip(&s.outputs) {
-            for row in rows.clone() {
-                language.write_at(llama.seen, row, &a.sequence.seen);
-            }
-        }
-        stage_images(language, llama, batch);
-    }
-
     fn run(&mut self, batch: &[Advance<'_>], control: &Control) -> Result<()> {
         let bindings = self.staging.bindings;
         let llama = self.model.llama().clone();
@@ -501,78 +353,18 @@ impl Session {
         if next.iter().any(|&id| id < 0) {
             // SAFETY: as above.
             let node = unsafe { self.language.first_non_finite(&bindings) };
-            let step = batch.iter().map(|a| a.sequence.table.len() - a.tokens).max().unwrap_or(0);
-            return Err(non_finite(step, node));
+            let position = batch.iter().map(|a| a.sequence.table.len() - a.tokens).max().unwrap_or(0);
+            return Err(non_finite(position, node));
         }
         Ok(())
     }
 }
 
-/// Copies the rows of pictures that the step's rows stand on into the graph's input, run by run.
-fn stage_images(language: &mut Executor, llama: &Llama, batch: &[Advance<'_>]) {
-    let mut row = 0;
-    for a in batch {
-        let end = a.sequence.table.len();
-        let mut position = end - a.tokens;
-        while position < end {
-            let mut run = 1;
-            if let Some((range, image)) = a.sequence.image_at(position) {
-                run = range.end.min(end) - position;
-                let bytes = image.rows.bytes / image.len;
-                let from = image.rows.addr + (position - range.start) * bytes;
-                // SAFETY: rows `position - range.start ..+ run` of the image's own buffer, which lives in
-                // the `Arc` that the sequence holds and is not written after `encode`.
-                unsafe { language.copy_in(llama.image_rows, row, from, run * bytes) };
-            }
-            position += run;
-            row += run;
-        }
-    }
-}
-
-fn non_finite(step: usize, node: Option<String>) -> Error {
+fn non_finite(position: usize, node: Option<String>) -> Error {
     let node = node.unwrap_or_else(|| "unknown: it did not happen again".into());
     let hint = "; the checkpoint may hold NaN or infinite weights".to_string();
-    Error::NonFinite { step, node, hint }
+    Error::NonFinite { position, node, hint }
 }
-
-/// The largest step of a session.
-fn limits(config: &crate::model::config::TextConfig, options: &SessionOptions) -> Result<Bindings> {
-    let context = options.context.unwrap_or(config.max_positions.min(DEFAULT_CONTEXT));
-    if context == 0 || context > config.max_positions {
-        let expected = format!("1 to {}, the positions the model was made for", config.max_positions);
-        return Err(Error::option("--context", expected, context));
-    }
-    if options.prefill_chunk == 0 {
-        return Err(Error::option("--prefill-chunk", "at least 1", 0));
-    }
-    let pages = match options.kv_memory {
-        None => context.div_ceil(PAGE),
-        Some(bytes) => usize::try_from(bytes).unwrap_or(usize::MAX) / page_bytes(config),
-    };
-    if pages == 0 {
-        let expected = format!("at least one page of {PAGE} positions, {} bytes", page_bytes(config));
-        return Err(Error::option("--kv-memory", expected, options.kv_memory.unwrap_or(0)));
-    }
-    let pages = pages.min(MAX_PAGES);
-    let tokens = options.prefill_chunk.min(context).max(options.max_sequences);
-    Ok(Bindings {
-        tokens,
-        outputs: if options.all_logits { tokens } else { options.max_sequences },
-        images: 0,
-        // No sequence is longer than the context, however large the pool is.
-        table_entries: options.max_sequences * context.div_ceil(PAGE),
-        pages,
-        context,
-    })
-}
-
-/// The context of a session that asks for none: what LLaVA-1.5 was made for. Models that could hold
-/// a hundred thousand positions would take tens of gigabytes of cache for it.
-const DEFAULT_CONTEXT: usize = 4096;
-
-/// Slots are i32.
-const MAX_PAGES: usize = i32::MAX as usize / PAGE;
 
 /// Cosines and sines of every position of the context `[context, E]`: the first half of a row are the
 /// cosines of its E/2 angles, the second half their sines. Angles are products in f32, as Hugging Face
@@ -592,34 +384,4 @@ fn rope_table(model: &Model, context: usize) -> Result<Buffer> {
     // SAFETY: the buffer was just allocated with this size.
     unsafe { model.backend().upload(buffer.addr, bytemuck::cast_slice(&table)) };
     Ok(buffer)
-}
-
-impl Staging {
-    fn with_capacity(max: &Bindings, sequences: usize) -> Self {
-        Staging {
-            ids: Vec::with_capacity(max.tokens),
-            sources: Vec::with_capacity(max.tokens),
-            positions: Vec::with_capacity(max.tokens),
-            slots: Vec::with_capacity(max.tokens),
-            table_starts: Vec::with_capacity(max.tokens),
-            tables: Vec::with_capacity(max.table_entries),
-            select: Vec::with_capacity(max.outputs),
-            params: Vec::with_capacity(max.outputs),
-            next: vec![0; max.outputs],
-            outputs: Vec::with_capacity(sequences),
-            bindings: Bindings::default(),
-        }
-    }
-
-    fn clear(&mut self) {
-        self.ids.clear();
-        self.sources.clear();
-        self.positions.clear();
-        self.slots.clear();
-        self.table_starts.clear();
-        self.tables.clear();
-        self.select.clear();
-        self.params.clear();
-        self.outputs.clear();
-    }
 }

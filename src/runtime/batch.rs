@@ -126,7 +126,7 @@ impl Staging {
             self.select.push(row as i32);
             self.params.push(sampling.params(end));
         }
-        self.outputs.push(first..s.select.len());
+        self.outputs.push(first..self.select.len());
     }
 
     /// Writes everything to the language graph's inputs.

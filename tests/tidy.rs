@@ -129,6 +129,7 @@ fn unsafe_lives_in_few_files() {
             "src/backend/",
             "src/input/image/resize.rs",
             "src/graph/exec.rs",
+            "src/runtime/batch.rs",
             "src/runtime/session.rs",
             "src/runtime/kv.rs",
             "src/model/checkpoint",

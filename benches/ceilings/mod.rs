@@ -1,0 +1,91 @@
+//! The machine's ceilings, measured beside what is judged by them, on the same threads: the multiply-add
+//! rate of a loop that stays in registers, and the rate at which a mapping is read.
+
+use std::hint::black_box;
+use std::time::Instant;
+use tessera::backend::cpu::lanes::{LANES, Lanes};
+use tessera::backend::cpu::machine::{Machine, Task};
+use tessera::backend::cpu::pool::Worker;
+
+/// Floating-point operations per second of register-resident multiply-adds.
+pub fn fma_rate(machine: &Machine) -> f64 {
+    let steps = 24_000_000 / 24 * 24;
+    let flops = (steps * 2 * LANES * machine.threads()) as f64;
+    flops / median(3, || machine.run(&FmaLoop { steps }))
+}
+
+/// Bytes per second at which `bytes`, larger than any cache, are read.
+pub fn read_rate(machine: &Machine, bytes: &[u8]) -> f64 {
+    bytes.len() as f64 / median(3, || machine.run(&ReadLoop(bytes)))
+}
+
+/// Seconds of the median of `runs` runs after one to warm up.
+pub fn median(runs: usize, mut f: impl FnMut()) -> f64 {
+    f();
+    let mut times: Vec<f64> = (0..runs)
+        .map(|_| {
+            let start = Instant::now();
+            f();
+            start.elapsed().as_secs_f64()
+        })
+        .collect();
+    times.sort_by(f64::total_cmp);
+    times[runs / 2]
+}
+
+/// Register-resident multiply-adds: 24 chains on AVX-512, as many as a tile has.
+struct FmaLoop {
+    steps: usize,
+}
+
+impl Task for FmaLoop {
+    #[inline(always)]
+    fn run<L: Lanes>(&self, lanes: L, _: Worker<'_>) {
+        let (rows, groups) = L::TILE;
+        if rows * groups == 24 {
+            chains::<L, 24>(lanes, self.steps)
+        } else {
+            chains::<L, 6>(lanes, self.steps)
+        }
+    }
+}
+
+#[inline(always)]
+fn chains<L: Lanes, const N: usize>(lanes: L, steps: usize) {
+    let (scale, offset) = (lanes.splat(black_box(0.999)), lanes.splat(black_box(0.001)));
+    let mut sums = [lanes.splat(1.0); N];
+    for _ in 0..steps / N {
+        for sum in &mut sums {
+            *sum = lanes.fma(*sum, scale, offset);
+        }
+    }
+    let mut line = [0f32; LANES];
+    for sum in sums {
+        // SAFETY: `line` has sixteen elements.
+        unsafe { lanes.store(line.as_mut_ptr(), sum) };
+        black_box(&line);
+    }
+}
+
+/// Reads bytes and sums them, each thread its share, as fast as they come.
+struct ReadLoop<'a>(&'a [u8]);
+
+impl Task for ReadLoop<'_> {
+    #[inline(always)]
+    fn run<L: Lanes>(&self, lanes: L, worker: Worker<'_>) {
+        let mut sums = [lanes.splat(0.0); 8];
+        for block in worker.share(self.0.len() / 512) {
+            for (i, sum) in sums.iter_mut().enumerate() {
+                // SAFETY: the block and its eight lines lie in the bytes.
+                *sum =
+                    lanes.add(*sum, unsafe { lanes.load(self.0.as_ptr().add(block * 512 + i * 64).cast()) });
+            }
+        }
+        let mut line = [0f32; LANES];
+        for sum in sums {
+            // SAFETY: `line` has sixteen elements.
+            unsafe { lanes.store(line.as_mut_ptr(), sum) };
+            black_box(&line);
+        }
+    }
+}

@@ -226,7 +226,7 @@ impl Engine {
         let mut logits = vec![0f32; self.model().config().text.vocab_size];
         let top = request.logprobs.unwrap_or(0);
         self.prefill(&mut sequence, request, &mut Vec::new())?;
-        self.session.logits(0, 0, &mut logits);
+        self.session.logits(0, self.session.output_rows(0) - 1, &mut logits);
         scores.push(TokenLogProb::of(&logits, given[0], top));
         for &id in &given[..given.len() - 1] {
             sequence.push(id);

@@ -71,6 +71,7 @@ pub struct Sequence {
     pub(super) pages: SharedPages,
     /// A bit for every id of the vocabulary that stands in `ids`.
     pub(super) seen: Vec<i32>,
+    pub(super) vocab_size: usize,
     /// How its tokens are chosen.
     pub sampling: Sampling,
 }
@@ -97,12 +98,12 @@ impl Sequence {
     }
 
     /// Appends a token: one that was sampled, or a given one to score.
+    ///
+    /// # Panics
+    /// If `id` is outside the model's vocabulary: a step would read beyond the embedding.
     pub fn push(&mut self, id: u32) {
+        assert!((id as usize) < self.vocab_size, "token {id} of a vocabulary of {}", self.vocab_size);
         self.ids.push(id);
-        self.see(id);
-    }
-
-    pub(super) fn see(&mut self, id: u32) {
         self.seen[id as usize / 32] |= 1 << (id % 32);
     }
 

@@ -139,7 +139,14 @@ impl Session {
             )));
         }
         let mut end = 0;
+        let row_bytes = self.model.config().text.hidden_size * size_of::<f32>();
         for (range, image) in &images {
+            if image.rows.bytes != image.len * row_bytes {
+                return Err(Error::Prompt(format!(
+                    "an image was encoded by another model: its {} rows have {} bytes, expected {row_bytes} each",
+                    image.len, image.rows.bytes
+                )));
+            }
             if range.start < end || range.end > ids.len() || range.len() != image.len {
                 return Err(Error::Prompt(format!(
                     "an image of {} rows cannot stand at positions {range:?} of {}",
@@ -155,6 +162,7 @@ impl Session {
             table: super::pages::PageTable::with_context(self.context()),
             pages: self.pages.clone(),
             seen: vec![0; vocab.div_ceil(32)],
+            vocab_size: vocab,
             sampling,
         };
         for &id in ids {
@@ -165,7 +173,11 @@ impl Session {
 
     /// A second sequence that continues from the same ids. Full pages are shared; the last, partly
     /// filled one is copied when either of the two writes to it.
+    ///
+    /// # Panics
+    /// If the sequence belongs to another session, whose pages are not these.
     pub fn fork(&self, of: &Sequence) -> Sequence {
+        assert!(of.pages.same(&self.pages), "a sequence of another session");
         let mut ids = Vec::with_capacity(self.context() + 1);
         ids.extend_from_slice(&of.ids);
         Sequence {
@@ -174,6 +186,7 @@ impl Session {
             table: of.table.fork(&mut self.pages.lock()),
             pages: self.pages.clone(),
             seen: of.seen.clone(),
+            vocab_size: of.vocab_size,
             sampling: of.sampling,
         }
     }
@@ -182,6 +195,9 @@ impl Session {
     ///
     /// # Errors
     /// [`Error::Cancelled`]; [`Error::NonFinite`]; [`Error::Prompt`] if the model has no vision tower.
+    ///
+    /// # Panics
+    /// If `pixels` is not as long as the tower's input.
     pub fn encode(
         &mut self,
         pixels: &[f32],
@@ -192,6 +208,7 @@ impl Session {
             return Err(Error::Prompt(format!("{} is a text model; it takes no images", self.model.name())));
         };
         let bindings = Bindings { images: 1, ..Bindings::default() };
+        assert_eq!(pixels.len(), vision.view(part.pixels, &bindings).len(), "pixels");
         vision.write(part.pixels, pixels);
         let start = Instant::now();
         // SAFETY: the vision graph has no index inputs and no states; `&mut self` keeps the arena ours.
@@ -344,7 +361,7 @@ impl Session {
     fn run(&mut self, batch: &[Advance<'_>], control: &Control) -> Result<()> {
         let bindings = self.staging.bindings;
         let llama = self.model.llama().clone();
-        // SAFETY: ids are inside the vocabulary (`sequence` and `push` of a sampled id), sources and
+        // SAFETY: ids are inside the vocabulary (`Sequence::push` asserts it), sources and
         // selections are rows of this step, slots and tables come from the allocator of this KV pool and
         // positions are inside the context (`admit`); `&mut self` keeps arena and pool ours.
         unsafe { self.language.run(&bindings, control)? };
@@ -372,6 +389,8 @@ fn non_finite(position: usize, node: Option<String>) -> Error {
 fn rope_table(model: &Model, context: usize) -> Result<Buffer> {
     let inv_freq = model.config().text.inv_freq();
     let width = 2 * inv_freq.len();
+    // The backend is asked first: it refuses what does not fit, where a vector would end the process.
+    let buffer = model.backend().alloc("the rotation table", context * width * size_of::<f32>())?;
     let mut table = vec![0f32; context * width];
     for (position, row) in table.chunks_exact_mut(width).enumerate() {
         let (cos, sin) = row.split_at_mut(inv_freq.len());
@@ -380,7 +399,6 @@ fn rope_table(model: &Model, context: usize) -> Result<Buffer> {
             (*cos, *sin) = (angle.cos(), angle.sin());
         }
     }
-    let buffer = model.backend().alloc("the rotation table", table.len() * 4)?;
     // SAFETY: the buffer was just allocated with this size.
     unsafe { model.backend().upload(buffer.addr, bytemuck::cast_slice(&table)) };
     Ok(buffer)

@@ -65,6 +65,10 @@ pub(super) fn limits(config: &TextConfig, options: &SessionOptions) -> Result<Bi
     if options.prefill_chunk == 0 {
         return Err(Error::option("--prefill-chunk", "at least 1", 0));
     }
+    if !(1..=MAX_SEQUENCES).contains(&options.max_sequences) {
+        let expected = format!("1 to {MAX_SEQUENCES}");
+        return Err(Error::option("max_sequences", expected, options.max_sequences));
+    }
     let pages = match options.kv_memory {
         None => context.div_ceil(PAGE),
         Some(bytes) => usize::try_from(bytes).unwrap_or(usize::MAX) / page_bytes(config),
@@ -89,6 +93,9 @@ pub(super) fn limits(config: &TextConfig, options: &SessionOptions) -> Result<Bi
 /// The context of a session that asks for none: what LLaVA-1.5 was made for. Models that could hold
 /// a hundred thousand positions would take tens of gigabytes of cache for it.
 const DEFAULT_CONTEXT: usize = 4096;
+
+/// More than any machine steps at once; staging vectors and page tables stay of sane size.
+const MAX_SEQUENCES: usize = 4096;
 
 /// Slots are i32.
 const MAX_PAGES: usize = i32::MAX as usize / PAGE;

@@ -1,0 +1,159 @@
+//! The program among signals, closed pipes, and people who type: it stops when asked, says why when it
+//! cannot go on, and keeps what it has made.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+
+fn asset(name: &str) -> String {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("assets").join(name).display().to_string()
+}
+
+fn start(args: &[&str]) -> Child {
+    Command::new(env!("CARGO_BIN_EXE_tessera"))
+        .args(args)
+        .current_dir(std::env::temp_dir())
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap()
+}
+
+/// Runs the program with lines to read.
+fn talk(args: &[&str], lines: &str) -> Output {
+    let mut child = start(args);
+    // A program that has ended does not read the rest.
+    let _ = child.stdin.take().unwrap().write_all(lines.as_bytes());
+    child.wait_with_output().unwrap()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).unwrap()
+}
+
+/// A run that goes on for as long as the context lasts.
+const LONG: [&str; 6] = ["run", "--prompt", "Where is the circle?", "--ignore-eos", "--max-tokens", "900"];
+
+#[cfg(unix)]
+fn interrupt(child: &Child) {
+    // SAFETY: sends a signal to a child that has not been waited for, so the id is still its own.
+    assert_eq!(unsafe { libc::kill(child.id() as i32, libc::SIGINT) }, 0);
+}
+
+/// Ctrl-C during an answer keeps what was made, and is no failure.
+#[cfg(unix)]
+#[test]
+fn ctrl_c_ends_an_answer_with_what_was_made() {
+    let whole = text(&talk(&[&LONG[..], &["--quiet"]].concat(), "").stdout);
+    for json in [false, true] {
+        let mut child = start(&[&LONG[..], if json { &["--json"] } else { &[] }].concat());
+        let mut stdout = child.stdout.take().unwrap();
+        let mut made = vec![0; if json { 0 } else { 8 }];
+        // Text that is out has been made by a decode that is under way; without text, progress cannot
+        // be seen, and the signal may come at any time after the handler stands.
+        stdout.read_exact(&mut made).unwrap();
+        if json {
+            std::thread::sleep(std::time::Duration::from_millis(400));
+        }
+        interrupt(&child);
+        stdout.read_to_end(&mut made).unwrap();
+        let output = child.wait_with_output().unwrap();
+        assert!(output.status.success(), "{:?}: {}", output.status, text(&output.stderr));
+        let made = text(&made);
+        match json {
+            true => {
+                let object: serde_json::Value = serde_json::from_str(&made).unwrap();
+                let tokens = object["token_ids"].as_array().unwrap().len();
+                assert!(tokens < 900 && object["finish_reason"] == "cancelled", "{tokens} tokens");
+                assert!(whole.starts_with(object["text"].as_str().unwrap()));
+            }
+            false => {
+                let partial = made.trim_end();
+                assert!(partial.len() < whole.trim_end().len(), "it ended by itself");
+                assert!(whole.starts_with(partial), "{partial}");
+            }
+        }
+    }
+}
+
+/// A reader that has gone ends an answer early and quietly.
+#[test]
+fn a_closed_stdout_ends_an_answer() {
+    let mut child = start(&LONG);
+    let mut stdout = child.stdout.take().unwrap();
+    stdout.read_exact(&mut [0; 8]).unwrap();
+    drop(stdout);
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let stderr = text(&output.stderr);
+    assert!(!stderr.contains("panicked") && !stderr.contains("error"), "{stderr}");
+}
+
+#[test]
+fn a_template_that_loops_is_stopped() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("loop.jinja");
+    for body in [
+        "{% for i in range(10000000) %}{% for j in range(10000000) %}x{% endfor %}{% endfor %}",
+        "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
+        "{{ 'x' * 100000000000 }}",
+        "{% if %}",
+    ] {
+        std::fs::write(&file, body).unwrap();
+        let output = talk(&["run", "--prompt", "x", "--template", &file.display().to_string()], "");
+        let stderr = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{body}: {stderr}");
+        assert!(stderr.contains("chat template") && stderr.contains("loop.jinja"), "{body}: {stderr}");
+        assert!(!stderr.contains("panicked"), "{stderr}");
+    }
+}
+
+#[test]
+fn chat_commands() {
+    let image = asset("samples/scene1.png");
+    let circle = "The circle is at the top left.";
+    let chat = |args: &[&str], lines: &str| talk(&[&["chat", "--quiet"], args].concat(), lines);
+
+    // Blank lines are nothing; the end of the input is the end of the talk.
+    let output = chat(&["--image", &image], "\n  \nWhere is the circle?\n\n");
+    assert!(output.status.success());
+    assert_eq!(text(&output.stdout).trim_end(), circle);
+
+    // /reset forgets pictures too.
+    let ask = format!("/image {image}\nWhere is the circle?\n");
+    let output = chat(&[], &format!("{ask}/reset\n{ask}/exit\nWhere is the circle?\n"));
+    assert_eq!(text(&output.stdout).lines().collect::<Vec<_>>(), [circle, circle]);
+
+    // For a script, a mistake is a failure that says what was wrong.
+    for (lines, word) in [
+        ("/frobnicate now\n", "/frobnicate is no command"),
+        ("/image\n", "/image FILE"),
+        ("/image no-such-file.png\n", "no-such-file.png"),
+        ("Where is the <image> circle?\n", "1 images"),
+    ] {
+        let output = chat(&[], lines);
+        let stderr = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{lines}: {stderr}");
+        assert!(stderr.contains(word), "{lines}: {stderr}");
+        assert!(output.stdout.is_empty());
+    }
+    let long = "Where is the circle? ".repeat(1000) + "\n";
+    let stderr = text(&chat(&[], &long).stderr);
+    assert!(stderr.contains("positions are needed"), "{stderr}");
+}
+
+/// Text comes as it is made, not when all is done: the first words arrive while the program runs.
+#[test]
+fn answers_of_a_talk_come_before_it_ends() {
+    let mut child = start(&["chat", "--quiet", "--image", &asset("samples/scene1.png")]);
+    let mut stdin = child.stdin.take().unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    for _ in 0..2 {
+        writeln!(stdin, "Where is the circle?").unwrap();
+        assert!(lines.next().unwrap().unwrap().contains("circle"));
+    }
+    drop(stdin);
+    assert!(lines.next().is_none());
+    assert!(child.wait().unwrap().success());
+}

@@ -39,7 +39,7 @@ fn weights_that_are_not_finite_are_found() {
         for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
             let checkpoint = Checkpoint::copy().tensor(tensor, |t| t.fill(value, true));
             match checkpoint.answer() {
-                Err(Error::NonFinite { step: 0, node, .. }) => {
+                Err(Error::NonFinite { position: 0, node, .. }) => {
                     assert_eq!(node, expected, "{value} in {tensor}");
                 }
                 other => panic!("{value} in {tensor}: {other:?}"),

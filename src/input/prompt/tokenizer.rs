@@ -48,8 +48,11 @@ impl Tokenizer {
                     .into(),
             )
         })?;
-        let mut inner = guarded(|| tokenizers::Tokenizer::from_bytes(bytes))
-            .map_err(|e| error(format!("expected a tokenizer as the `tokenizers` library writes it: {e}")))?;
+        let malformed =
+            |e: String| error(format!("expected a tokenizer as the `tokenizers` library writes it: {e}"));
+        // Of a file that is cut off the library makes a panic, which is caught but not silent.
+        serde_json::from_slice::<serde::de::IgnoredAny>(&bytes).map_err(|e| malformed(e.to_string()))?;
+        let mut inner = guarded(|| tokenizers::Tokenizer::from_bytes(bytes)).map_err(malformed)?;
         inner.with_truncation(None).map_err(|e| error(e.to_string()))?;
         inner.with_padding(None);
 

@@ -1,7 +1,7 @@
 //! A model: what a checkpoint says and holds, ready to be run by any number of sessions.
 
 use crate::backend::Backend;
-use crate::backend::cpu::CpuBackend;
+use crate::backend::cpu::{CpuBackend, physical_memory};
 use crate::error::{Error, Result};
 use crate::folder::Folder;
 use crate::graph::Graph;
@@ -159,6 +159,15 @@ impl Model {
                 };
                 let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
                 let total = preset.bytes(options.preset_dtype)?;
+                let available = physical_memory();
+                if available > 0 && total > available {
+                    return Err(Error::Memory {
+                        what: format!("the weights of {source}"),
+                        needed: total,
+                        available,
+                        remedy: "; a checkpoint directory is mapped and needs less, see `tessera synth`".into(),
+                    });
+                }
                 let progress = |done| options.progress.iter().for_each(|p| p.0(done, total));
                 let weights =
                     preset.weights(options.preset_dtype, options.preset_seed, threads, &progress)?;

@@ -9,8 +9,7 @@
 use super::lanes::{LANES, Lanes};
 use crate::tensor::{DType, Weight};
 
-/// How many bytes ahead of their use weights are asked for, into the second-level cache: sixteen rows
-/// lie a power of two apart as a rule, and would push one another out of the first.
+/// How many bytes ahead of their use weights are asked for when they are unpacked.
 const AHEAD: usize = 256;
 
 /// A matrix `[rows, cols]` of raw elements, row-major and dense, at any alignment; a vector has one

@@ -16,11 +16,14 @@ impl Product<'_> {
     /// The product has `R` rows, at most four.
     #[inline(always)]
     pub(super) unsafe fn few<L: Lanes, const R: usize>(&self, lanes: L) {
-        while let Some(strip) = self.take_strip() {
+        // One strip is taken ahead, so that its first lines can be asked for in time.
+        let mut taken = self.take_strip();
+        while let Some(strip) = taken {
+            taken = self.take_strip();
+            let after = taken.as_ref().map_or(&strip.groups[0], |strip| &strip.groups[0]);
             let mut sums = [[lanes.splat(0.0); GROUPS]; R];
             for (g, group) in strip.groups.iter().enumerate().filter(|(g, _)| strip.widths[*g] > 0) {
-                // What is read after this group.
-                let next = strip.groups.get(g + 1).unwrap_or(group);
+                let next = strip.groups.get(g + 1).unwrap_or(after);
                 // SAFETY: the caller's obligation; the dtype of each arm is that of the group.
                 let found: [L::V; R] = unsafe {
                     match group.dtype {

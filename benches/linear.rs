@@ -1,88 +1,17 @@
 //! Matrix products against the machine's own ceilings, measured beside them on the same threads: the
 //! multiply-add rate of a loop that stays in registers, and the rate at which a mapping is read.
 
+mod ceilings;
+
+use ceilings::{fma_rate, median, read_rate};
 use criterion::{Criterion, Throughput};
 use memmap2::MmapMut;
-use std::hint::black_box;
-use std::time::{Duration, Instant};
-use tessera::backend::cpu::lanes::{LANES, Lanes};
+use std::time::Duration;
 use tessera::backend::cpu::linear::{Layer, Residual, linear, linear_workspace};
-use tessera::backend::cpu::machine::{Machine, Task};
+use tessera::backend::cpu::machine::Machine;
 use tessera::backend::cpu::panel::Matrix;
-use tessera::backend::cpu::pool::Worker;
 use tessera::op::Activation;
 use tessera::tensor::DType;
-
-/// Register-resident multiply-adds: 24 chains on AVX-512, as many as a tile has.
-struct FmaLoop {
-    steps: usize,
-}
-
-impl Task for FmaLoop {
-    #[inline(always)]
-    fn run<L: Lanes>(&self, lanes: L, _: Worker<'_>) {
-        let (rows, groups) = L::TILE;
-        if rows * groups == 24 {
-            chains::<L, 24>(lanes, self.steps)
-        } else {
-            chains::<L, 6>(lanes, self.steps)
-        }
-    }
-}
-
-#[inline(always)]
-fn chains<L: Lanes, const N: usize>(lanes: L, steps: usize) {
-    let (scale, offset) = (lanes.splat(black_box(0.999)), lanes.splat(black_box(0.001)));
-    let mut sums = [lanes.splat(1.0); N];
-    for _ in 0..steps / N {
-        for sum in &mut sums {
-            *sum = lanes.fma(*sum, scale, offset);
-        }
-    }
-    let mut line = [0f32; LANES];
-    for sum in sums {
-        // SAFETY: `line` has sixteen elements.
-        unsafe { lanes.store(line.as_mut_ptr(), sum) };
-        black_box(&line);
-    }
-}
-
-/// Reads bytes and sums them, each thread its share, as fast as they come.
-struct ReadLoop<'a>(&'a [u8]);
-
-impl Task for ReadLoop<'_> {
-    #[inline(always)]
-    fn run<L: Lanes>(&self, lanes: L, worker: Worker<'_>) {
-        let mut sums = [lanes.splat(0.0); 8];
-        for block in worker.share(self.0.len() / 512) {
-            for (i, sum) in sums.iter_mut().enumerate() {
-                // SAFETY: the block and its eight lines lie in the bytes.
-                *sum =
-                    lanes.add(*sum, unsafe { lanes.load(self.0.as_ptr().add(block * 512 + i * 64).cast()) });
-            }
-        }
-        let mut line = [0f32; LANES];
-        for sum in sums {
-            // SAFETY: `line` has sixteen elements.
-            unsafe { lanes.store(line.as_mut_ptr(), sum) };
-            black_box(&line);
-        }
-    }
-}
-
-/// Seconds of the median of `runs` runs after one to warm up.
-fn median(runs: usize, mut f: impl FnMut()) -> f64 {
-    f();
-    let mut times: Vec<f64> = (0..runs)
-        .map(|_| {
-            let start = Instant::now();
-            f();
-            start.elapsed().as_secs_f64()
-        })
-        .collect();
-    times.sort_by(f64::total_cmp);
-    times[runs / 2]
-}
 
 /// Weights in anonymous pages, more of them than any cache holds, used one after another.
 struct Rotation {
@@ -149,8 +78,7 @@ fn main() {
         .warm_up_time(Duration::from_millis(300))
         .measurement_time(Duration::from_secs(2))
         .configure_from_args();
-    let available = std::thread::available_parallelism().map_or(1, |n| n.get());
-    let threads = std::env::var("BENCH_THREADS").ok().and_then(|n| n.parse().ok()).unwrap_or(available);
+    let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
     let machine = Machine::new(threads).expect("threads");
     let (n, k) = (4096, 4096);
     let mut weights = Rotation::new(1 << 30);
@@ -176,13 +104,8 @@ fn main() {
             // Ceilings and product by turns, so that a busy neighbour slows both.
             let (mut fma, mut read, mut time) = (0f64, 0f64, f64::INFINITY);
             for _ in 0..3 {
-                let steps = 24_000_000 / threads.min(4);
-                fma = fma.max(
-                    (steps / 24 * 24 * 2 * LANES * threads) as f64
-                        / median(3, || machine.run(&FmaLoop { steps })),
-                );
-                read =
-                    read.max(weights.map.len() as f64 / median(3, || machine.run(&ReadLoop(&weights.map))));
+                fma = fma.max(fma_rate(&machine));
+                read = read.max(read_rate(&machine, &weights.map));
                 let runs = if m > 64 { 7 } else { 61 };
                 time = time.min(median(runs, || {
                     multiply(&machine, &x, weights.take(n, k, dtype), &mut out, &mut workspace)

@@ -188,7 +188,11 @@ fn errors_are_for_people() {
         (&["preprocess", "--image", &text], 1, &["answers.json"]),
         (&["eval", "--questions", missing], 1, &[missing]),
         (&["inspect", "--graph", "vision", "--model", "preset:llama-tiny"], 2, &["text model"]),
-        (&["run", "--prompt", "x", "--kv-memory", "900T", "--context", "1024"], 1, &["KV cache", "available"]),
+        (
+            &["run", "--prompt", "x", "--kv-memory", "900T", "--context", "1024"],
+            1,
+            &["KV cache", "available"],
+        ),
         (&["frobnicate"], 2, &["frobnicate"]),
     ];
     for (args, code, words) in table {

@@ -165,7 +165,8 @@ impl Model {
                         what: format!("the weights of {source}"),
                         needed: total,
                         available,
-                        remedy: "; a checkpoint directory is mapped and needs less, see `tessera synth`".into(),
+                        remedy: "; a checkpoint directory is mapped and needs less, see `tessera synth`"
+                            .into(),
                     });
                 }
                 let progress = |done| options.progress.iter().for_each(|p| p.0(done, total));

@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Result};
 use std::fs::{self, File};
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
 
 /// The files of one model.
@@ -60,7 +60,9 @@ pub fn read_file(path: &Path) -> Result<Option<Vec<u8>>> {
     let io = |source| Error::io(path, source);
     let metadata = match fs::metadata(path) {
         // A name that runs through a file, as `config.json/x`, names nothing either.
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
+            return Ok(None);
+        }
         other => other.map_err(io)?,
     };
     if !metadata.is_file() {

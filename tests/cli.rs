@@ -168,13 +168,19 @@ fn stop_strings_and_limits_end_an_answer() {
 fn errors_are_for_people() {
     let image = asset("samples/scene1.png");
     let text = asset("samples/answers.json");
+    let samples = asset("samples");
     let missing = "no-such-file.png";
     let table: &[(&[&str], i32, &[&str])] = &[
         (&["run"], 2, &["--prompt"]),
         (&["run", "--prompt", "x", "--temperature", "-1"], 2, &["--temperature"]),
         (&["run", "--prompt", "x", "--top-p", "2"], 2, &["--top-p", "at most 1"]),
         (&["run", "--prompt", "x", "--model", "preset:nonsense"], 2, &["preset:", "llava-1.5-7b"]),
-        (&["run", "--prompt", "x", "--model", "/no/such/model"], 1, &["/no/such/model"]),
+        (&["run", "--prompt", "x", "--model", "/no/such/model"], 1, &["/no/such/model", "preset:NAME"]),
+        (&["run", "--prompt", "x", "--model", &text], 1, &["answers.json", "is not a directory"]),
+        (&["run", "--prompt", "x", "--model", &samples], 1, &["config.json", "not found"]),
+        (&["run", "--prompt", "x", "--max-tokens", "-1"], 2, &["--max-tokens", "-1"]),
+        (&["run", "--prompt", "x", "--top-k", "-1"], 2, &["--top-k", "-1"]),
+        (&["run", "--prompt", "x", "--context", "-1"], 2, &["--context", "-1"]),
         (&["run", "--prompt", "x", "--image", missing], 1, &[missing]),
         (&["run", "--prompt", "x", "--image", &text], 1, &["answers.json", "PNG"]),
         (&["run", "--prompt", "<image> and <image>", "--image", &image], 1, &["2 images", "1 were given"]),

@@ -22,7 +22,7 @@ pub struct Chat {
     #[arg(long, value_name = "TEXT")]
     system: Option<String>,
     /// Most tokens of one answer [default: 512, within the context]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     max_tokens: Option<usize>,
     #[command(flatten)]
     sampling: SamplingArgs,
@@ -130,15 +130,24 @@ impl Talk {
             ..Request::new(Input::Chat(messages))
         };
         let mut progress = Some(Progress::follow("reading", &self.engine.control, self.quiet));
-        let mut failed = Ok(());
+        let (mut failed, mut begun) = (Ok(()), false);
+        let control = self.engine.control.clone();
         let answer = self.engine.generate(&request, |text| {
             progress = None;
+            begun = true;
             if failed.is_ok() {
                 failed = super::print(text);
+                if failed.is_err() {
+                    control.cancel();
+                }
             }
-        })?;
+        });
         drop(progress);
         failed?;
+        if answer.is_err() && begun {
+            super::print("\n")?;
+        }
+        let answer = answer?;
         super::print(if answer.finish_reason == FinishReason::Cancelled { " [stopped]\n" } else { "\n" })?;
 
         let Input::Chat(mut messages) = request.input else { unreachable!("made above") };

@@ -88,7 +88,11 @@ impl Eval {
         for (i, q) in questions.iter().enumerate() {
             if !images.contains_key(&q.image) {
                 let path = base.join(&q.image);
-                let image = engine.image(&path.display().to_string(), &super::read(&path)?)?;
+                let image = match engine.image(&path.display().to_string(), &super::read(&path)?) {
+                    // Ctrl-C here, as below, reports on the questions that were answered.
+                    Err(Error::Cancelled) => break,
+                    image => image?,
+                };
                 images.insert(q.image.clone(), image);
             }
             let request = Request::ask(&q.question, &[images[&q.image].clone()])?;

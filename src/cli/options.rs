@@ -38,13 +38,13 @@ pub struct ModelArgs {
 #[derive(Debug, Args)]
 pub struct SessionArgs {
     /// Most positions of the conversation [default: what the model was made for, at most 4096]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub context: Option<usize>,
     /// Memory of the KV cache, as 512MiB or 2G [default: enough for --context]
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub kv_memory: Option<u64>,
     /// Most prompt positions processed at once
-    #[arg(long, value_name = "N", default_value_t = SessionOptions::default().prefill_chunk)]
+    #[arg(long, value_name = "N", allow_negative_numbers = true, default_value_t = SessionOptions::default().prefill_chunk)]
     pub prefill_chunk: usize,
 }
 
@@ -55,7 +55,7 @@ pub struct SamplingArgs {
     #[arg(long, value_name = "T", allow_negative_numbers = true)]
     pub temperature: Option<f32>,
     /// Keep the K most probable tokens
-    #[arg(long, value_name = "K")]
+    #[arg(long, value_name = "K", allow_negative_numbers = true)]
     pub top_k: Option<u32>,
     /// Keep the most probable tokens up to this much probability
     #[arg(long, value_name = "P", allow_negative_numbers = true)]
@@ -67,7 +67,7 @@ pub struct SamplingArgs {
     #[arg(long, value_name = "R", allow_negative_numbers = true)]
     pub repetition_penalty: Option<f32>,
     /// The same seed gives the same text [default: from the clock, and printed]
-    #[arg(long, value_name = "S")]
+    #[arg(long, value_name = "S", allow_negative_numbers = true)]
     pub seed: Option<u64>,
 }
 

@@ -34,7 +34,7 @@ pub struct Run {
     #[arg(long, conflicts_with = "messages")]
     raw: bool,
     /// Most tokens of the answer [default: 512, within the context]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     max_tokens: Option<usize>,
     #[command(flatten)]
     sampling: SamplingArgs,
@@ -45,7 +45,7 @@ pub struct Run {
     #[arg(long)]
     ignore_eos: bool,
     /// Report each token's log-probability and the N likeliest alternatives
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     logprobs: Option<usize>,
     #[command(flatten)]
     session: SessionArgs,
@@ -97,7 +97,6 @@ impl Run {
             let object = self.report(&engine, &request, &answer, &timings);
             return super::print(&format!("{object}\n"));
         }
-        super::print("\n")?;
         if !self.quiet {
             eprintln!("{}", timings.line(&answer));
         }
@@ -124,12 +123,13 @@ impl Run {
     }
 
     fn answer(&self, engine: &mut Engine, request: &Request) -> Result<Completion> {
-        let mut failed = Ok(());
+        let (mut failed, mut begun) = (Ok(()), false);
         let mut progress = Some(Progress::follow("reading the prompt", &engine.control, self.quiet));
         let control = engine.control.clone();
         let answer = engine.generate(request, |text| {
             progress = None;
             if !self.json && failed.is_ok() {
+                begun = true;
                 failed = super::print(text);
                 if failed.is_err() {
                     control.cancel();
@@ -137,7 +137,12 @@ impl Run {
             }
         });
         drop(progress);
-        failed.and(answer)
+        failed?;
+        // The line is ended before anything else is said, an error too.
+        if !self.json && (begun || answer.is_ok()) {
+            super::print("\n")?;
+        }
+        answer
     }
 
     fn report(&self, engine: &Engine, request: &Request, answer: &Completion, timings: &Timings) -> Value {

@@ -16,7 +16,7 @@ pub fn find_object(folder: &Folder, name: &str) -> Result<Option<Map<String, Val
 /// The JSON object in the file `name` of `folder`, which must be there.
 pub fn read_object(folder: &Folder, name: &str) -> Result<Map<String, Value>> {
     find_object(folder, name)?
-        .ok_or_else(|| Error::io(folder.path(name), std::io::ErrorKind::NotFound.into()))
+        .ok_or_else(|| Error::checkpoint(folder.path(name), "not found; a checkpoint directory has one"))
 }
 
 /// The JSON object in `bytes`, which came from `path`.

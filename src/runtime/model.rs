@@ -55,6 +55,17 @@ impl Source {
         }
     }
 
+    /// The same, or an error for a directory that is not there: most likely a name misspelt.
+    fn existing_folder(&self) -> Result<Folder> {
+        match self {
+            Source::Directory(dir) if !dir.is_dir() => Err(Error::checkpoint(
+                dir,
+                "is not a directory; a model is `demo`, `preset:NAME` or a checkpoint directory",
+            )),
+            source => Ok(source.folder()),
+        }
+    }
+
     /// Reads `demo`, `preset:NAME` or the path of a directory.
     ///
     /// # Errors
@@ -149,7 +160,7 @@ impl Model {
     /// # Errors
     /// As for [`load`](Model::load).
     pub fn load_on(backend: Arc<dyn Backend>, source: &Source, options: &LoadOptions) -> Result<Self> {
-        let folder = source.folder();
+        let folder = source.existing_folder()?;
         let (config, generation, weights) = match source {
             Source::Preset(preset) => {
                 let config = preset.config(options.preset_dtype)?;
@@ -267,7 +278,7 @@ impl Model {
 pub fn load_preprocess(source: &Source) -> Result<Preprocess> {
     let config = match source {
         Source::Preset(preset) => preset.config(DType::F16)?,
-        Source::Demo | Source::Directory(_) => ModelConfig::load(&source.folder())?,
+        Source::Demo | Source::Directory(_) => ModelConfig::load(&source.existing_folder()?)?,
     };
     preprocess_of(source, &config)?
         .ok_or_else(|| Error::Prompt(format!("{source} is a text model; it takes no pictures")))

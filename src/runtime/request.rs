@@ -32,7 +32,8 @@ pub struct Request {
     pub ignore_eos: bool,
     /// How many alternatives to report for every token, besides its own log-probability.
     pub logprobs: Option<usize>,
-    /// Whether to keep the logits of every prompt position (the session must have `all_logits`).
+    /// Whether to keep the logits of every prompt position. Without `all_logits` the session makes few at
+    /// a time, and the prompt takes many steps.
     pub prompt_logits: bool,
 }
 

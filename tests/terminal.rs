@@ -46,35 +46,19 @@ fn interrupt(child: &Child) {
 #[test]
 fn ctrl_c_ends_an_answer_with_what_was_made() {
     let whole = text(&talk(&[&LONG[..], &["--quiet"]].concat(), "").stdout);
-    for json in [false, true] {
-        let mut child = start(&[&LONG[..], if json { &["--json"] } else { &[] }].concat());
-        let mut stdout = child.stdout.take().unwrap();
-        let mut made = vec![0; if json { 0 } else { 8 }];
-        // Text that is out has been made by a decode that is under way; without text, progress cannot
-        // be seen, and the signal may come at any time after the handler stands.
-        stdout.read_exact(&mut made).unwrap();
-        if json {
-            std::thread::sleep(std::time::Duration::from_millis(400));
-        }
-        interrupt(&child);
-        stdout.read_to_end(&mut made).unwrap();
-        let output = child.wait_with_output().unwrap();
-        assert!(output.status.success(), "{:?}: {}", output.status, text(&output.stderr));
-        let made = text(&made);
-        match json {
-            true => {
-                let object: serde_json::Value = serde_json::from_str(&made).unwrap();
-                let tokens = object["token_ids"].as_array().unwrap().len();
-                assert!(tokens < 900 && object["finish_reason"] == "cancelled", "{tokens} tokens");
-                assert!(whole.starts_with(object["text"].as_str().unwrap()));
-            }
-            false => {
-                let partial = made.trim_end();
-                assert!(partial.len() < whole.trim_end().len(), "it ended by itself");
-                assert!(whole.starts_with(partial), "{partial}");
-            }
-        }
-    }
+    let mut child = start(&LONG);
+    let mut stdout = child.stdout.take().unwrap();
+    // Text that is out was made by a decode that is under way, with nearly all of it before it.
+    let mut made = vec![0; 8];
+    stdout.read_exact(&mut made).unwrap();
+    interrupt(&child);
+    stdout.read_to_end(&mut made).unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success(), "{:?}: {}", output.status, text(&output.stderr));
+    let made = text(&made);
+    let partial = made.trim_end();
+    assert!(partial.len() < whole.trim_end().len(), "it ended by itself");
+    assert!(whole.starts_with(partial), "{partial}");
 }
 
 /// A reader that has gone ends an answer early and quietly.

@@ -292,11 +292,9 @@ impl Engine {
         self.control.begin(nodes * sequence.pending().div_ceil(chunk));
         while sequence.pending() > 0 {
             let tokens = sequence.pending().min(chunk);
-            let want = match (request.prompt_logits, tokens == sequence.pending()) {
-                (true, _) => Want::All,
-                (false, true) => Want::Next,
-                (false, false) => Want::Nothing,
-            };
+            // A token is chosen after every chunk, though only the last one counts: its logits show at once
+            // if the chunk made NaN, and they cost one row of the head.
+            let want = if request.prompt_logits { Want::All } else { Want::Next };
             self.step(sequence, tokens, want)?;
             if request.prompt_logits {
                 let start = kept.len();

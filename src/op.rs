@@ -127,7 +127,7 @@ pub enum Op {
         select: Select,
     },
     /// The next token of every row. Operands: logits `[R, V]`, parameters `[R, SAMPLE_PARAMS] i32`
-    /// (a [`SampleParams`](crate::op::SampleParams) per row), ids already seen `[R, ⌈V/32⌉] i32` (a bit set). Result `[R, 1] i32`.
+    /// (a [`SampleParams`] per row), ids already seen `[R, ⌈V/32⌉] i32` (a bit set). Result `[R, 1] i32`.
     Sample,
     /// `x / |x|` per row.
     L2Normalize,

@@ -95,7 +95,7 @@ pub struct Job<'a> {
     pub bytes: &'a mut [u8],
 }
 
-/// Fills all jobs on `threads` threads, each taking [`CHUNK`] bytes at a time.
+/// Fills all jobs on `threads` threads, each taking `CHUNK` bytes at a time.
 pub fn fill<'a>(jobs: impl Iterator<Item = Job<'a>> + Send, threads: usize, progress: Progress) {
     /// Large beside the cost of handing them out; a multiple of 4 elements.
     const CHUNK: usize = 4 << 20;

@@ -55,7 +55,7 @@ impl Request {
     /// A question about `images`. Where `text` holds `<image>`, the pictures stand there, else in front.
     ///
     /// # Errors
-    /// [`Error::Prompt`] when the number of `<image>` differs from that of the pictures.
+    /// [`Error::Prompt`](crate::Error::Prompt) when the number of `<image>` differs from that of the pictures.
     pub fn ask(text: &str, images: &[ImageHandle]) -> Result<Self> {
         let message = Message::prompt(text, images.len())?;
         Ok(Request { images: images.to_vec(), ..Request::new(Input::Chat(vec![message])) })

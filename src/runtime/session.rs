@@ -288,8 +288,8 @@ impl Session {
         self.staging.outputs[i].len()
     }
 
-    /// Copies the logits of output row `row` of the i-th sequence of the last step. With [`Want::Next`]
-    /// there is one row, with [`Want::All`] one for each token.
+    /// Copies the logits of output row `row` of the i-th sequence of the last step. With [`Want::Next`](super::Want::Next)
+    /// there is one row, with [`Want::All`](super::Want::All) one for each token.
     ///
     /// # Panics
     /// If there is no such row or `logits` is not as long as the vocabulary.

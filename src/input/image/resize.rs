@@ -1,9 +1,9 @@
 //! Pillow's `Image.resize`, bit for bit, for the part of the result that is kept.
 //!
 //! Each axis is a weighted sum over the input pixels below a filter kernel, whose support grows with the
-//! scale when shrinking. Weights are fixed point with [`BITS`] fractional bits; sums are i32; the first
+//! scale when shrinking. Weights are fixed point with `BITS` fractional bits; sums are i32; the first
 //! pass is rounded to u8 before the second reads it. The horizontal pass comes first, except in pictures
-//! that lose many more rows than columns: see [`vertical_first`]. Pillow leaves out a pass whose axis keeps
+//! that lose many more rows than columns: see `vertical_first`. Pillow leaves out a pass whose axis keeps
 //! its size; every filter here is then the identity (weights 1 and 0), so there is no such case below.
 //!
 //! The picture is read once, row by row, and each row is added into the sums of the output rows that have

@@ -90,7 +90,7 @@ pub trait Math: Lanes {
         self.mul(self.mul(x, s(0.5)), twice)
     }
 
-    /// c[0] + c[1] x + c[2] x^2 + ..., by Horner's rule.
+    /// `c[0] + c[1] x + c[2] x^2 + ...`, by Horner's rule.
     #[inline(always)]
     fn polynomial<const N: usize>(self, x: Self::V, c: &[f32; N]) -> Self::V {
         let mut p = self.splat(c[N - 1]);

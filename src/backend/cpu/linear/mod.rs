@@ -8,7 +8,7 @@
 //! it names no row count, thread or instruction set, so a row's result has the same bits alone, among
 //! 640 others, and on every path.
 //!
-//! **Two loops** compute it. Up to [`FEW_ROWS`] activation rows, `few` reads each row of W once, sixteen
+//! **Two loops** compute it. Up to `FEW_ROWS` activation rows, `few` reads each row of W once, sixteen
 //! columns at a time, one to each partial sum: memory bandwidth decides. With more rows, `many` unpacks a
 //! strip of 32 outputs by one K-block to f32 for all of them, and a register tile takes one partial sum
 //! at a time: the multipliers decide.

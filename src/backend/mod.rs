@@ -20,14 +20,13 @@ pub struct Buffer {
     /// How long it is.
     pub bytes: usize,
     /// Frees the memory when dropped.
-    #[allow(dead_code, reason = "held for its Drop")]
-    owner: Box<dyn Any + Send + Sync>,
+    _owner: Box<dyn Any + Send + Sync>,
 }
 
 impl Buffer {
     /// Memory at `addr` that lives as long as `owner`.
     pub fn new(addr: usize, bytes: usize, owner: Box<dyn Any + Send + Sync>) -> Self {
-        Buffer { addr, bytes, owner }
+        Buffer { addr, bytes, _owner: owner }
     }
 }
 
@@ -48,15 +47,14 @@ pub struct Prepared {
     /// Bytes from one row to the next.
     pub row_stride: usize,
     /// Keeps the bytes alive: the mapping itself on the CPU, device memory elsewhere.
-    #[allow(dead_code, reason = "held for its Drop")]
-    owner: Box<dyn Any + Send + Sync>,
+    _owner: Box<dyn Any + Send + Sync>,
 }
 
 impl Prepared {
     /// A weight at `addr` that lives as long as `owner`.
     pub fn new(weight: &Weight, addr: usize, row_stride: usize, owner: Box<dyn Any + Send + Sync>) -> Self {
         let ty = WeightType { rows: weight.rows, cols: weight.cols, dtype: weight.dtype };
-        Prepared { ty, name: weight.name.clone(), addr, row_stride, owner }
+        Prepared { ty, name: weight.name.clone(), addr, row_stride, _owner: owner }
     }
 }
 

@@ -29,8 +29,8 @@ pub struct Session {
     plan: MemoryPlan,
     options: SessionOptions,
     staging: Staging,
-    #[allow(dead_code, reason = "the language graph reads it by address")]
-    rope: Buffer,
+    /// The language graph reads it by address.
+    _rope: Buffer,
 }
 
 impl Session {
@@ -68,7 +68,7 @@ impl Session {
             .map(|(v, plan)| Executor::new(v.graph.clone(), backend.clone(), plan, arena.clone(), &[]));
         let pages = SharedPages::new(PageAllocator::new(max.pages));
         let staging = Staging::with_capacity(&max, options.max_sequences);
-        Ok(Session { model, language, vision, kv, pages, plan, options, staging, rope })
+        Ok(Session { model, language, vision, kv, pages, plan, options, staging, _rope: rope })
     }
 
     /// The model.

@@ -7,8 +7,11 @@
 //!
 //! A new op breaks the build exactly where work is due: every `match` on [`Op`] is exhaustive.
 
-use crate::error::{Error, Result};
-use crate::tensor::{DType, Rows, TensorType, View};
+mod infer;
+
+use crate::error::Result;
+use crate::tensor::{DType, TensorType, View};
+use infer::Check;
 
 /// Token positions in one page of the KV cache. Sixteen positions are one vector of scores on every
 /// instruction set, and at 16 bits and 128 dims a page of one head is 4 KiB, whole sectors on a GPU.
@@ -212,7 +215,7 @@ impl Op {
     /// The types of the results, or why the operands do not fit: the only shape authority.
     ///
     /// # Errors
-    /// [`Error::Shape`] naming `node`, what was expected and what was given.
+    /// [`Error::Shape`](crate::Error::Shape) naming `node`, what was expected and what was given.
     pub fn infer(&self, node: &str, ins: &[TensorType], weights: &[WeightType]) -> Result<Outs> {
         Check { op: self, node, ins, weights }.infer()
     }
@@ -290,222 +293,5 @@ impl KvExtent {
     /// One sequence that advances by `tokens` rows from `past` cached positions.
     pub fn of(past: usize, tokens: usize) -> Self {
         KvExtent { pairs: tokens * past + tokens * (tokens + 1) / 2, rows: past + tokens }
-    }
-}
-
-/// The operands of one `infer`, so that each rule reads as a sentence.
-struct Check<'a> {
-    op: &'a Op,
-    node: &'a str,
-    ins: &'a [TensorType],
-    weights: &'a [WeightType],
-}
-
-impl Check<'_> {
-    fn infer(&self) -> Result<Outs> {
-        match *self.op {
-            Op::PatchEmbed { image, patch } => {
-                self.count(1, 3)?;
-                self.ensure(patch > 0 && image >= patch, "an image at least as large as a patch", || {
-                    format!("image {image}, patch {patch}")
-                })?;
-                let (grid, width) = (image / patch, self.weights[0].rows);
-                self.input(0, self.ins[0].rows, 3 * image * image)?;
-                self.weight(0, width, 3 * patch * patch)?;
-                self.weight(1, 1, width)?;
-                self.weight(2, grid * grid + 1, width)?;
-                Ok(vec![self.f32(Rows::PerImage(grid * grid + 1), width)])
-            }
-            Op::LayerNorm { .. } => {
-                self.count(1, 2)?;
-                self.weight(0, 1, self.ins[0].cols)?;
-                self.weight(1, 1, self.ins[0].cols)?;
-                Ok(vec![self.ins[0]])
-            }
-            Op::RmsNorm { .. } => {
-                self.count(1, 1)?;
-                self.weight(0, 1, self.ins[0].cols)?;
-                Ok(vec![self.ins[0]])
-            }
-            Op::AddRmsNorm { .. } => {
-                self.count(2, 1)?;
-                self.input(1, self.ins[0].rows, self.ins[0].cols)?;
-                self.weight(0, 1, self.ins[0].cols)?;
-                Ok(vec![self.ins[0], self.ins[0]])
-            }
-            Op::Linear { bias, residual, .. } => {
-                let matrices = self.matrices(bias, 1 + residual as usize)?;
-                let (rows, cols) = (self.ins[0].rows, matrices.iter().map(|w| w.rows).sum());
-                if residual {
-                    self.input(1, rows, cols)?;
-                }
-                Ok(vec![self.f32(rows, cols)])
-            }
-            Op::GatedLinear { bias } => {
-                let matrices = self.matrices(bias, 1)?;
-                self.ensure(matrices.len() == 2, "two matrices", || matrices.len().to_string())?;
-                self.weight(1, matrices[0].rows, matrices[0].cols)?;
-                Ok(vec![self.f32(self.ins[0].rows, matrices[0].rows)])
-            }
-            Op::Attention { heads, head_dim, rows, .. } => {
-                self.count(1, 0)?;
-                self.head_dim(head_dim)?;
-                self.input(0, self.ins[0].rows, 3 * heads * head_dim)?;
-                let whole = match self.ins[0].rows {
-                    Rows::PerImage(n) | Rows::Fixed(n) => n == rows,
-                    Rows::Tokens | Rows::Outputs | Rows::TableEntries | Rows::Pages | Rows::Context => false,
-                };
-                self.ensure(whole, &format!("{rows} rows an image"), || self.ins[0].to_string())?;
-                Ok(vec![self.f32(self.ins[0].rows, heads * head_dim)])
-            }
-            Op::RopeAppend { heads, kv_heads, head_dim } => {
-                self.count(6, 0)?;
-                self.grouped(heads, kv_heads, head_dim)?;
-                let rows = self.ins[0].rows;
-                self.input(0, rows, (heads + 2 * kv_heads) * head_dim)?;
-                self.index(1, rows, 1)?;
-                self.index(2, rows, 1)?;
-                self.input(3, Rows::Context, head_dim)?;
-                self.pages(4, kv_heads, head_dim)?;
-                Ok(vec![self.f32(rows, heads * head_dim)])
-            }
-            Op::PagedAttention { heads, kv_heads, head_dim } => {
-                self.count(6, 0)?;
-                self.grouped(heads, kv_heads, head_dim)?;
-                let rows = self.ins[0].rows;
-                self.input(0, rows, heads * head_dim)?;
-                self.index(1, rows, 1)?;
-                self.index(2, rows, 1)?;
-                self.index(3, Rows::TableEntries, 1)?;
-                self.pages(4, kv_heads, head_dim)?;
-                Ok(vec![self.ins[0]])
-            }
-            Op::EmbedRows => {
-                self.count(3, 1)?;
-                let rows = self.ins[0].rows;
-                self.index(0, rows, 1)?;
-                self.index(1, rows, 1)?;
-                self.input(2, rows, self.weights[0].cols)?;
-                Ok(vec![self.ins[2]])
-            }
-            Op::SelectRows { select } => self.select(select),
-            Op::Sample => {
-                self.count(3, 0)?;
-                let TensorType { rows, cols, .. } = self.ins[0];
-                self.index(1, rows, SAMPLE_PARAMS)?;
-                self.index(2, rows, cols.div_ceil(32))?;
-                Ok(vec![TensorType::i32(rows, 1)])
-            }
-            Op::L2Normalize => {
-                self.count(1, 0)?;
-                Ok(vec![self.ins[0]])
-            }
-        }
-    }
-
-    fn select(&self, select: Select) -> Result<Outs> {
-        match select {
-            Select::Index => {
-                self.count(2, 0)?;
-                self.index(1, self.ins[1].rows, 1)?;
-                Ok(vec![TensorType { rows: self.ins[1].rows, ..self.ins[0] }])
-            }
-            Select::All | Select::Patches { .. } => {
-                self.ensure(!self.ins.is_empty(), "at least one operand", || "none".into())?;
-                for i in 1..self.ins.len() {
-                    self.input(i, self.ins[0].rows, self.ins[i].cols)?;
-                }
-                let cols = self.ins.iter().map(|t| t.cols).sum();
-                let rows = match select {
-                    Select::Patches { rows } => {
-                        self.input(0, Rows::PerImage(rows), self.ins[0].cols)?;
-                        self.ensure(rows > 1, "a class row and patches", || rows.to_string())?;
-                        Rows::PerImage(rows - 1)
-                    }
-                    Select::All | Select::Index => self.ins[0].rows,
-                };
-                Ok(vec![TensorType { rows, cols, ..self.ins[0] }])
-            }
-        }
-    }
-
-    /// The matrices of a linear op, after checking them and their biases.
-    fn matrices(&self, bias: bool, ins: usize) -> Result<&[WeightType]> {
-        let n = if bias { self.weights.len() / 2 } else { self.weights.len() };
-        let weights = if bias { 2 * n } else { n };
-        self.ensure(n > 0, "at least one matrix", || format!("{} weights", self.weights.len()))?;
-        self.count(ins, weights)?;
-        let (matrices, biases) = self.weights.split_at(n);
-        for (i, matrix) in matrices.iter().enumerate() {
-            self.weight(i, matrix.rows, self.ins[0].cols)?;
-        }
-        for (i, _) in biases.iter().enumerate() {
-            self.weight(n + i, 1, matrices[i].rows)?;
-        }
-        Ok(matrices)
-    }
-
-    fn f32(&self, rows: Rows, cols: usize) -> TensorType {
-        TensorType { rows, cols, dtype: self.ins[0].dtype }
-    }
-
-    fn count(&self, ins: usize, weights: usize) -> Result<()> {
-        self.ensure(
-            self.ins.len() == ins && self.weights.len() == weights,
-            &format!("{ins} operands and {weights} weights"),
-            || format!("{} and {}", self.ins.len(), self.weights.len()),
-        )
-    }
-
-    fn input(&self, i: usize, rows: Rows, cols: usize) -> Result<()> {
-        let found = self.ins[i];
-        let ok = found.rows == rows && found.cols == cols && found.dtype != DType::I32;
-        self.ensure(ok, &format!("operand {i} [{rows}, {cols}] of numbers"), || found.to_string())
-    }
-
-    fn index(&self, i: usize, rows: Rows, cols: usize) -> Result<()> {
-        let (found, want) = (self.ins[i], TensorType::i32(rows, cols));
-        self.ensure(found == want, &format!("operand {i} {want}"), || found.to_string())
-    }
-
-    fn pages(&self, i: usize, kv_heads: usize, head_dim: usize) -> Result<()> {
-        for i in [i, i + 1] {
-            self.input(i, Rows::Pages, kv_heads * head_dim * PAGE)?;
-        }
-        Ok(())
-    }
-
-    fn weight(&self, i: usize, rows: usize, cols: usize) -> Result<()> {
-        let found = self.weights[i];
-        self.ensure(
-            found.rows == rows && found.cols == cols && found.dtype != DType::I32,
-            &format!("weight {i} [{rows}, {cols}]"),
-            || format!("[{}, {}] {}", found.rows, found.cols, found.dtype),
-        )
-    }
-
-    fn head_dim(&self, head_dim: usize) -> Result<()> {
-        let ok = head_dim > 0 && head_dim <= 128 && head_dim.is_multiple_of(8);
-        self.ensure(ok, "a head size that is a multiple of 8 up to 128", || head_dim.to_string())
-    }
-
-    fn grouped(&self, heads: usize, kv_heads: usize, head_dim: usize) -> Result<()> {
-        self.head_dim(head_dim)?;
-        let ok = kv_heads > 0 && heads > 0 && heads.is_multiple_of(kv_heads);
-        self.ensure(ok, "query heads that are a multiple of the key heads", || {
-            format!("{heads} and {kv_heads}")
-        })
-    }
-
-    fn ensure(&self, ok: bool, expected: &str, found: impl FnOnce() -> String) -> Result<()> {
-        if ok {
-            return Ok(());
-        }
-        Err(Error::Shape {
-            op: self.op.name(),
-            node: self.node.into(),
-            expected: expected.into(),
-            found: found(),
-        })
     }
 }

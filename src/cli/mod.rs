@@ -49,6 +49,11 @@ pub fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         // A reader that has seen enough, as `| head` does, is no failure of ours.
         Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
+        // Ctrl-C before there was anything to show: asked for, so no failure either.
+        Err(Error::Cancelled) => {
+            eprintln!("stopped");
+            ExitCode::SUCCESS
+        }
         Err(error) => {
             eprintln!("error: {error}");
             ExitCode::from(if matches!(error, Error::Option { .. }) { 2 } else { 1 })

@@ -288,8 +288,9 @@ impl Session {
         self.staging.outputs[i].len()
     }
 
-    /// Copies the logits of output row `row` of the i-th sequence of the last step. With [`Want::Next`](super::Want::Next)
-    /// there is one row, with [`Want::All`](super::Want::All) one for each token.
+    /// Copies the logits of output row `row` of the i-th sequence of the last step. With
+    /// [`Want::Next`](super::Want::Next) there is one row, with [`Want::All`](super::Want::All) one for each
+    /// token. To be read before the next step or [`encode`](Session::encode), which use the same memory.
     ///
     /// # Panics
     /// If there is no such row or `logits` is not as long as the vocabulary.

@@ -52,11 +52,6 @@ impl WeightBytes {
     pub fn as_bytes(&self) -> &[u8] {
         &self.storage.as_bytes()[self.offset..self.offset + self.len]
     }
-
-    /// What keeps the bytes alive.
-    pub fn storage(&self) -> &Arc<Storage> {
-        &self.storage
-    }
 }
 
 impl fmt::Debug for WeightBytes {
@@ -85,20 +80,5 @@ impl Weight {
     /// Bytes from one row to the next.
     pub fn row_stride(&self) -> usize {
         self.cols * self.dtype.size()
-    }
-
-    /// Rows `first..first + rows` as a weight of their own, sharing the bytes.
-    ///
-    /// # Panics
-    /// If the weight has fewer rows than that; the caller has checked the shape.
-    pub fn slice_rows(&self, first: usize, rows: usize) -> Weight {
-        assert!(first + rows <= self.rows, "rows {first}..{} of `{}`", first + rows, self.name);
-        let stride = self.row_stride();
-        let bytes = WeightBytes {
-            storage: self.bytes.storage.clone(),
-            offset: self.bytes.offset + first * stride,
-            len: rows * stride,
-        };
-        Weight { name: self.name.clone(), dtype: self.dtype, rows, cols: self.cols, bytes }
     }
 }

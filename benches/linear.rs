@@ -1,12 +1,10 @@
 //! Matrix products against the machine's own ceilings, measured beside them on the same threads: the
 //! multiply-add rate of a loop that stays in registers, and the rate at which a mapping is read.
 
-mod ceilings;
-
-use ceilings::{fma_rate, median, read_rate};
 use criterion::{Criterion, Throughput};
 use memmap2::MmapMut;
 use std::time::Duration;
+use tessera::backend::cpu::ceilings::{fma_rate, median, read_rate};
 use tessera::backend::cpu::linear::{Layer, Residual, linear, linear_workspace};
 use tessera::backend::cpu::machine::Machine;
 use tessera::backend::cpu::panel::Matrix;

@@ -84,6 +84,7 @@
 //!    token, a stop string, a limit, or [`graph::Control::cancel`].
 
 pub mod backend;
+pub mod bench;
 pub mod cli;
 pub mod error;
 pub mod folder;

@@ -8,10 +8,11 @@
 pub mod cpu;
 
 use crate::error::Result;
-use crate::op::{Op, WeightType};
+use crate::op::{Cost, Op, WeightType};
 #[cfg(doc)]
 use crate::tensor::Rows;
 use crate::tensor::{DType, View, Weight};
+use serde::Serialize;
 use std::any::Any;
 use std::fmt;
 
@@ -89,6 +90,30 @@ pub struct Call<'a> {
     pub workspace: usize,
 }
 
+/// What a device can do at most, as loops that do nothing else show.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Ceilings {
+    /// Floating-point operations per second.
+    pub flops_per_s: f64,
+    /// Bytes read per second, from memory that no cache holds.
+    pub bytes_per_s: f64,
+}
+
+impl Ceilings {
+    /// The higher of two measurements: a ceiling is what was reached once.
+    pub fn max(self, other: Self) -> Self {
+        Ceilings {
+            flops_per_s: self.flops_per_s.max(other.flops_per_s),
+            bytes_per_s: self.bytes_per_s.max(other.bytes_per_s),
+        }
+    }
+
+    /// Seconds that work takes at least.
+    pub fn floor(&self, cost: Cost) -> f64 {
+        (cost.flops as f64 / self.flops_per_s).max(cost.bytes as f64 / self.bytes_per_s)
+    }
+}
+
 /// A device.
 pub trait Backend: Send + Sync {
     /// The name, as the command line spells it, and what the device is.
@@ -96,6 +121,14 @@ pub trait Backend: Send + Sync {
 
     /// The dtype of activations and of the KV cache: f32 on the CPU, 16 bits on a GPU.
     fn dtype(&self) -> DType;
+
+    /// Measures what the device can do at most, on the threads that run ops; `None` where nothing is timed.
+    ///
+    /// # Errors
+    /// [`Error::Memory`](crate::Error::Memory) if there is no room for what is read.
+    fn ceilings(&self) -> Result<Option<Ceilings>> {
+        Ok(None)
+    }
 
     /// Zeroed memory, aligned to at least 64 bytes; on a GPU to 256.
     ///

@@ -1,6 +1,7 @@
 //! The command line: one file per command. Text goes to stdout as it is made; progress, timings and
 //! warnings go to stderr. Exit codes: 0 done, 1 failed, 2 usage.
 
+mod bench;
 mod chat;
 mod devices;
 mod dump;
@@ -8,6 +9,7 @@ mod eval;
 mod inspect;
 mod options;
 mod preprocess;
+mod profile;
 mod progress;
 mod run;
 mod synth;
@@ -36,6 +38,10 @@ enum Command {
     Preprocess(preprocess::Preprocess),
     /// Ask all questions of a file and count the right answers
     Eval(eval::Eval),
+    /// Time every stage, against what the hardware can do
+    Bench(bench::Bench),
+    /// Show where one run's time goes: a trace, a summary, a roofline
+    Profile(profile::Profile),
     /// Write a checkpoint of real dimensions and random weights
     Synth(synth::Synth),
     /// List the devices that can run a model
@@ -69,6 +75,8 @@ impl Command {
             Command::Inspect(command) => command.run(),
             Command::Preprocess(command) => command.run(),
             Command::Eval(command) => command.run(),
+            Command::Bench(command) => command.run(),
+            Command::Profile(command) => command.run(),
             Command::Synth(command) => command.run(),
             Command::Devices(command) => command.run(),
         }

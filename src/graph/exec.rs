@@ -5,10 +5,12 @@
 use super::{Graph, Plan, Source, ValueId};
 use crate::backend::{Backend, Buffer, Call};
 use crate::error::{Error, Result};
+use crate::op::KvExtent;
 use crate::tensor::{Bindings, DType, View};
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Instant;
 
 /// Watches and stops work from another thread. Clones share one state.
 ///
@@ -57,6 +59,21 @@ const MAX_INS: usize = 8;
 const MAX_WEIGHTS: usize = 8;
 const MAX_OUTS: usize = 2;
 
+/// When a node ran, and on what.
+#[derive(Clone, Copy, Debug)]
+pub struct Span {
+    /// Its place in the graph.
+    pub node: usize,
+    /// Before the device was asked.
+    pub start: Instant,
+    /// When the device had done it (or, on a GPU, had been asked).
+    pub end: Instant,
+    /// The row counts of the step.
+    pub bindings: Bindings,
+    /// What the step touched of the KV cache.
+    pub kv: KvExtent,
+}
+
 /// A planned graph over an arena.
 pub struct Executor {
     graph: Arc<Graph>,
@@ -65,6 +82,10 @@ pub struct Executor {
     arena: Arc<Buffer>,
     /// The address of each value.
     addrs: Vec<usize>,
+    /// Where nodes write down when they ran, if anyone wants to know. Never grown while a step runs.
+    spans: Vec<Span>,
+    /// What the next step touches of the KV cache, for spans.
+    kv: KvExtent,
 }
 
 impl Executor {
@@ -96,7 +117,7 @@ impl Executor {
             assert!(node.ins.len() <= MAX_INS && node.outs.len() <= MAX_OUTS);
             assert!(node.weights.len() <= MAX_WEIGHTS);
         }
-        Executor { graph, backend, plan, arena, addrs }
+        Executor { graph, backend, plan, arena, addrs, spans: Vec::new(), kv: KvExtent::default() }
     }
 
     /// The graph.
@@ -107,6 +128,22 @@ impl Executor {
     /// The memory plan.
     pub fn plan(&self) -> &Plan {
         &self.plan
+    }
+
+    /// Writes down from now on when nodes run, the first `capacity` of them; 0 stops it. It costs two
+    /// readings of the clock a node.
+    pub fn record(&mut self, capacity: usize) {
+        self.spans = Vec::with_capacity(capacity);
+    }
+
+    /// What has been written down since [`record`](Executor::record).
+    pub fn spans(&self) -> &[Span] {
+        &self.spans
+    }
+
+    /// Says what the next step touches of the KV cache; only spans carry it.
+    pub fn set_kv_extent(&mut self, kv: KvExtent) {
+        self.kv = kv;
     }
 
     /// Where a value lies in a step of these row counts.
@@ -227,8 +264,13 @@ impl Executor {
             if control.is_cancelled() {
                 return Err(Error::Cancelled);
             }
+            let start = (self.spans.len() < self.spans.capacity()).then(Instant::now);
             // SAFETY: passed on from the caller.
             unsafe { self.run_node(node, bindings)? };
+            if let Some(start) = start {
+                let (bindings, kv) = (*bindings, self.kv);
+                self.spans.push(Span { node, start, end: Instant::now(), bindings, kv });
+            }
             control.0.done.fetch_add(1, Ordering::Relaxed);
         }
         Ok(())

@@ -106,6 +106,11 @@ impl Engine {
         self.session.model()
     }
 
+    /// Forgets what the last request has cached, so that the next one begins from nothing.
+    pub fn forget(&mut self) {
+        self.last = None;
+    }
+
     /// Decodes and encodes a picture. `name` is for messages only.
     ///
     /// # Errors

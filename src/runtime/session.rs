@@ -14,6 +14,7 @@ use crate::backend::Buffer;
 use crate::error::{Error, Result};
 use crate::graph::{Control, Executor, Plan};
 use crate::model::llama::Llama;
+use crate::op::KvExtent;
 use crate::tensor::Bindings;
 use std::ops::Range;
 use std::sync::Arc;
@@ -316,6 +317,14 @@ impl Session {
         self.kv.fill(value)
     }
 
+    /// Writes down when nodes run, so many of each graph; 0 stops it. See [`Executor::spans`].
+    pub fn record(&mut self, capacity: usize) {
+        self.language.record(capacity);
+        if let Some(vision) = &mut self.vision {
+            vision.record(capacity);
+        }
+    }
+
     fn llama(&self) -> &Llama {
         self.model.llama()
     }
@@ -368,6 +377,12 @@ impl Session {
     fn run(&mut self, batch: &[Advance<'_>], control: &Control) -> Result<()> {
         let bindings = self.staging.bindings;
         let llama = self.model.llama().clone();
+        let mut kv = KvExtent::default();
+        for a in batch {
+            let extent = KvExtent::of(a.sequence.table.len() - a.tokens, a.tokens);
+            kv = KvExtent { pairs: kv.pairs + extent.pairs, rows: kv.rows + extent.rows };
+        }
+        self.language.set_kv_extent(kv);
         // SAFETY: ids are inside the vocabulary (`Sequence::push` asserts it), sources and
         // selections are rows of this step, slots and tables come from the allocator of this KV pool and
         // positions are inside the context (`admit`); `&mut self` keeps arena and pool ours.

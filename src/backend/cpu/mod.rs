@@ -7,6 +7,7 @@
 #![allow(clippy::needless_range_loop, reason = "loops over registers name several arrays by one index")]
 
 pub mod attention;
+pub mod ceilings;
 pub mod embed;
 pub mod lanes;
 pub mod linear;
@@ -17,7 +18,7 @@ pub mod pool;
 pub mod rope;
 pub mod sample;
 
-use super::{Backend, Buffer, Call, Prepared};
+use super::{Backend, Buffer, Call, Ceilings, Prepared};
 use crate::error::{Error, Result};
 use crate::op::{Activation, Op, Select, WeightType};
 use crate::tensor::{DType, View, Weight};
@@ -30,6 +31,8 @@ use std::slice::{from_raw_parts, from_raw_parts_mut};
 
 /// Bytes behind every allocation that may be read.
 const SLACK: usize = 64;
+/// Bytes that are read to see how fast memory is.
+const CEILING_BYTES: usize = 512 << 20;
 
 /// Most matrices that a linear op puts side by side.
 const MAX_MATRICES: usize = 4;
@@ -87,6 +90,21 @@ impl Backend for CpuBackend {
 
     fn dtype(&self) -> DType {
         DType::F32
+    }
+
+    fn ceilings(&self) -> Result<Option<Ceilings>> {
+        // Larger than any cache, in small pages as mapped weights are; written, or all of it would be
+        // one page of zeros.
+        let mut memory = memmap2::MmapMut::map_anon(CEILING_BYTES).map_err(|error| Error::Memory {
+            what: "the read ceiling".into(),
+            needed: CEILING_BYTES as u64,
+            available: physical_memory(),
+            remedy: format!("; the system says: {error}"),
+        })?;
+        memory.fill(1);
+        let (flops_per_s, bytes_per_s) =
+            (ceilings::fma_rate(&self.machine), ceilings::read_rate(&self.machine, &memory));
+        Ok(Some(Ceilings { flops_per_s, bytes_per_s }))
     }
 
     fn alloc(&self, what: &str, bytes: usize) -> Result<Buffer> {

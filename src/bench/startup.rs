@@ -41,7 +41,8 @@ pub fn start(program: &Path, args: &[String]) -> Result<Start> {
         object["timings_ms"][key].as_f64().ok_or_else(|| failed(format!("its timings have no `{key}`")))
     };
     let outside = (wall - time("total")?).max(0.0);
-    Ok(Start { ready_ms: outside + time("load")?, first_token_ms: outside + time("first_token")? })
+    let ready_ms = outside + time("load")?;
+    Ok(Start { ready_ms, first_token_ms: ready_ms + time("first_token")? })
 }
 
 /// Asks the system to forget what it has cached of the files of a directory; whether it was asked.

@@ -92,7 +92,10 @@ fn compile_for_gpus(nvcc: &Path, out: &Path) {
 
 /// Writes the list of fat binaries that the library includes.
 fn embed(products: &[PathBuf], version: &str, out: &Path) {
-    let mut text = format!("pub const COMPILER: &str = {version:?};\npub const MODULES: &[Module] = &[\n");
+    let mut text = format!(
+        "/// The compiler that made the kernels; empty: none did.\npub const COMPILER: &str = {version:?};\n\
+         /// One module for each file of `kernels/`.\npub const MODULES: &[Module] = &[\n"
+    );
     for product in products {
         let name = product.file_stem().expect("a file name").to_string_lossy();
         text += &format!("    Module {{ name: {name:?}, image: include_bytes!({product:?}) }},\n");

@@ -20,7 +20,12 @@ pub struct Module {
     pub image: &'static [u8],
 }
 
-include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
+/// What [`MODULES`] and the compiler that made them are, from the build.
+mod embedded {
+    use super::Module;
+    include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
+}
+pub use embedded::{COMPILER, MODULES};
 
 /// The functions called here, by the names they have in the library.
 const FUNCTIONS: [&str; 33] = [

@@ -236,6 +236,16 @@ DEVICE uint32_t ticket(uint32_t* counter, uint32_t add SITE) {
 #endif
 }
 
+// Adds to a word of shared memory, indivisibly.
+DEVICE void add_shared(uint32_t* shared, uint32_t x) {
+#ifdef EMU
+    emu::add_shared(shared, x);
+#else
+    uint32_t to = (uint32_t)__cvta_generic_to_shared(shared);
+    asm volatile("red.relaxed.cta.shared.add.u32 [%0], %1;" ::"r"(to), "r"(x) : "memory");
+#endif
+}
+
 // ---- asynchronous copies -------------------------------------------------------------------------
 
 // Starts to copy 16 bytes to shared memory, or 16 zero bytes if not `valid` (the source is not read then).

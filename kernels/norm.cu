@@ -58,7 +58,7 @@ DEVICE float sum_of_block(float x, float* scratch) {
     if (lane_id() == 0) scratch[warp_id()] = x;
     sync_block();
     float sum = 0.0f;
-    for (int w = 0; w < blockDim.x / WARP; w++) sum += scratch[w];
+    for (uint32_t w = 0; w < blockDim.x / WARP; w++) sum += scratch[w];
     return sum;
 }
 

@@ -133,5 +133,17 @@ macro_rules! ops {
 }
 
 ops! {
+    patch_embed "PatchEmbed";
+    layer_norm "LayerNorm";
     rms_norm "RmsNorm";
+    add_rms_norm "AddRmsNorm";
+    linear "Linear";
+    gated_linear "GatedLinear";
+    attention "Attention";
+    rope_append "RopeAppend";
+    paged_attention "PagedAttention";
+    embed_rows "EmbedRows";
+    select_rows "SelectRows";
+    sample "Sample";
+    l2_normalize "L2Normalize";
 }

@@ -11,10 +11,14 @@
 
 pub mod device;
 pub mod driver;
+mod embed;
 #[cfg(feature = "emu")]
 pub mod emu;
 pub mod gpu;
+mod matvec;
 mod norm;
+mod rope;
+mod sample;
 mod staging;
 mod weights;
 
@@ -84,18 +88,18 @@ impl CudaBackend {
         unsafe {
             match call.op {
                 Op::PatchEmbed { .. } => self.missing(call),
-                Op::LayerNorm { .. } => self.missing(call),
+                Op::LayerNorm { .. } => norm::layer_norm(device, call),
                 Op::RmsNorm { .. } => norm::rms_norm(device, call),
-                Op::AddRmsNorm { .. } => self.missing(call),
-                Op::L2Normalize => self.missing(call),
-                Op::Linear { .. } => by_phase(device, call, missing_rows, missing_rows),
-                Op::GatedLinear { .. } => by_phase(device, call, missing_rows, missing_rows),
+                Op::AddRmsNorm { .. } => norm::add_rms_norm(device, call),
+                Op::L2Normalize => norm::l2_normalize(device, call),
+                Op::Linear { .. } => by_phase(device, call, matvec::linear, missing_rows),
+                Op::GatedLinear { .. } => by_phase(device, call, matvec::gated_linear, missing_rows),
                 Op::Attention { .. } => self.missing(call),
-                Op::RopeAppend { .. } => self.missing(call),
+                Op::RopeAppend { .. } => rope::rope_append(device, call),
                 Op::PagedAttention { .. } => by_phase(device, call, missing_rows, missing_rows),
-                Op::EmbedRows => self.missing(call),
-                Op::SelectRows { .. } => self.missing(call),
-                Op::Sample => self.missing(call),
+                Op::EmbedRows => embed::embed_rows(device, call),
+                Op::SelectRows { .. } => embed::select_rows(device, call),
+                Op::Sample => sample::sample(device, call),
             }
         }
     }

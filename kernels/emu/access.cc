@@ -186,6 +186,28 @@ void touch_counter(void* at) {
     }
 }
 
+// Additions do not race with each other; with all other accesses they do.
+void add_shared(uint32_t* at, uint32_t x) {
+    const Lane& me = *here;
+    const Block& block = *me.block;
+    if (--block.launch->steps_left < 0) never_ends();
+    check_alignment(at, 4);
+    const Memory& m = block.shared;
+    size_t offset = (size_t)((unsigned char*)at - m.base);
+    if (offset >= m.bytes || m.bytes - offset < 4) outside(at, 4, "adds to");
+    const Access access{me.block->shared, offset, 4, "adds to"};
+    for (size_t i = offset / 2; i < offset / 2 + 2; i++) {
+        if ((m.writer[i] & BYTES) != BYTES) unreadable(access, i, 1);
+        if (m.wrote[i] >= block.epoch && !(m.writer[i] & ATOMIC) && !ordered(m.wrote[i], m.writer[i] & THREAD, false, false))
+            race(access, m.wrote[i], m.writer[i], "wrote");
+        if (m.read[i] >= block.epoch && !ordered(m.read[i], m.reader[i] & THREAD, m.reader[i] & MANY_LANES, m.reader[i] & MANY_WARPS))
+            race(access, m.read[i], m.reader[i], "read");
+        m.wrote[i] = me.time;
+        m.writer[i] = me.thread | BYTES | ATOMIC;
+    }
+    *at += x;
+}
+
 }  // namespace emu
 
 // The calls that -fsanitize=thread puts before each access. Atomics are left out on purpose: a kernel that

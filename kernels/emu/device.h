@@ -28,7 +28,7 @@ using Who = uint16_t;
 constexpr Who THREAD = 0x3ff;
 constexpr Who BYTES = 0xc00, LOW_BYTE = 0x400, HIGH_BYTE = 0x800;  // of the writer: which bytes are written
 constexpr Who COPYING = 0x1000;                                    // of the writer: an asynchronous copy is under way
-constexpr Who ATOMIC = 0x2000;                                     // of the writer: by a ticket
+constexpr Who ATOMIC = 0x2000;                                     // of the writer: by a ticket or an addition
 constexpr Who MANY_LANES = 0x1000, MANY_WARPS = 0x2000, MANY_BLOCKS = 0x4000;  // of the reader: and others beside it
 
 // What is known of a piece of memory. A cell is 16 bits: the two bytes of one cell have one last writer.

@@ -61,6 +61,7 @@ void sync_warp(const char* file, int line);
 bool mask(bool inside, const char* file, int line);
 void fence_device(const char* file, int line);
 uint32_t ticket(uint32_t* counter, uint32_t add, const char* file, int line);
+void add_shared(uint32_t* shared, uint32_t x);
 uint32_t lanes_where(bool x);
 uint64_t shuffle_bits(uint64_t x, int lane);
 uint64_t shuffle_xor_bits(uint64_t x, int lane_mask);

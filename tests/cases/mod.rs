@@ -16,7 +16,7 @@ pub use table::{all, edges, linear};
 use std::sync::Arc;
 use tessera::backend::{Backend, Buffer};
 use tessera::graph::{Control, Executor, Graph, GraphBuilder, Plan, Source, ValueId};
-use tessera::op::{Activation, Op, PAGE, SAMPLE_PARAMS, SampleParams, Select};
+use tessera::op::{Op, PAGE, SAMPLE_PARAMS, SampleParams, Select};
 use tessera::tensor::{Bindings, DType, Rows, Storage, TensorType, Weight, WeightBytes};
 
 /// An op on given shapes.

@@ -6,6 +6,7 @@
 //! keeps operands apart.
 
 pub mod cpu;
+pub mod cuda;
 
 use crate::error::Result;
 use crate::op::{Cost, Op, WeightType};
@@ -15,6 +16,7 @@ use crate::tensor::{DType, View, Weight};
 use serde::Serialize;
 use std::any::Any;
 use std::fmt;
+use std::time::{Duration, Instant};
 
 /// Device memory, freed when dropped.
 pub struct Buffer {
@@ -130,7 +132,18 @@ pub trait Backend: Send + Sync {
         Ok(None)
     }
 
-    /// Zeroed memory, aligned to at least 64 bytes; on a GPU to 256.
+    /// How long the ops that `work` runs take on the device, from the first's beginning to the last's end.
+    ///
+    /// # Errors
+    /// What `work` says; [`Error::Device`](crate::Error::Device).
+    fn time(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Duration> {
+        let start = Instant::now();
+        work()?;
+        Ok(start.elapsed())
+    }
+
+    /// Memory, aligned to at least 64 bytes, on a GPU to 256. It holds anything: zeros on the CPU, on the
+    /// emulated device what must not be read.
     ///
     /// # Errors
     /// [`Error::Memory`](crate::Error::Memory) with the numbers when there is not enough.

@@ -65,7 +65,7 @@ pub fn events(executor: &Executor, epoch: Instant, stage: impl Fn(&Span) -> Stri
     for span in executor.spans() {
         let node = &graph.nodes[span.node];
         let start = us(epoch, span.start);
-        let end = us(epoch, span.end);
+        let end = start + span.took.as_nanos() as f64 / 1e3;
         if last_node == usize::MAX || span.node <= last_node {
             step = Some(events.len());
             layer = None;
@@ -147,7 +147,7 @@ pub fn summary(executor: &Executor, ceilings: Option<Ceilings>) -> Vec<OpTime> {
         });
         let entry = &mut ops[at];
         entry.calls += 1;
-        entry.seconds += span.end.duration_since(span.start).as_secs_f64();
+        entry.seconds += span.took.as_secs_f64();
         entry.flops += cost.flops;
         entry.bytes += cost.bytes;
         entry.floor = ceilings.map(|c| entry.floor.unwrap_or(0.0) + c.floor(cost));

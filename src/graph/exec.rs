@@ -10,7 +10,7 @@ use crate::tensor::{Bindings, DType, View};
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Watches and stops work from another thread. Clones share one state.
 ///
@@ -64,10 +64,10 @@ const MAX_OUTS: usize = 2;
 pub struct Span {
     /// Its place in the graph.
     pub node: usize,
-    /// Before the device was asked.
+    /// When the device was asked.
     pub start: Instant,
-    /// When the device had done it (or, on a GPU, had been asked).
-    pub end: Instant,
+    /// How long the device took.
+    pub took: Duration,
     /// The row counts of the step.
     pub bindings: Bindings,
     /// What the step touched of the KV cache.
@@ -264,12 +264,16 @@ impl Executor {
             if control.is_cancelled() {
                 return Err(Error::Cancelled);
             }
-            let start = (self.spans.len() < self.spans.capacity()).then(Instant::now);
-            // SAFETY: passed on from the caller.
-            unsafe { self.run_node(node, bindings)? };
-            if let Some(start) = start {
-                let (bindings, kv) = (*bindings, self.kv);
-                self.spans.push(Span { node, start, end: Instant::now(), bindings, kv });
+            match self.spans.len() < self.spans.capacity() {
+                // SAFETY: passed on from the caller.
+                false => unsafe { self.run_node(node, bindings)? },
+                true => {
+                    let (start, backend) = (Instant::now(), self.backend.clone());
+                    // SAFETY: passed on from the caller.
+                    let took = backend.time(&mut || unsafe { self.run_node(node, bindings) })?;
+                    let (bindings, kv) = (*bindings, self.kv);
+                    self.spans.push(Span { node, start, took, bindings, kv });
+                }
             }
             control.0.done.fetch_add(1, Ordering::Relaxed);
         }

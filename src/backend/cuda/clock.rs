@@ -12,7 +12,7 @@ const FLUSH: usize = 256 << 20;
 
 /// The functions called here, by the names they have in the library; [`gpu`](super::gpu) probes them.
 pub(super) const FUNCTIONS: [&str; 5] =
-    ["cuEventCreate", "cuEventRecord", "cuEventSynchronize", "cuEventElapsedTime", "cuEventDestroy_v2"];
+    ["cuEventCreate", "cuEventRecord", "cuEventSynchronize", "cuEventElapsedTime_v2", "cuEventDestroy_v2"];
 
 /// Two events and the memory to flush caches with.
 pub(super) struct Clock {
@@ -61,7 +61,7 @@ impl Clock {
         unsafe {
             check("cuEventRecord", sys::cuEventRecord(self.end, stream))?;
             check("cuEventSynchronize", sys::cuEventSynchronize(self.end))?;
-            check("cuEventElapsedTime", sys::cuEventElapsedTime(&mut ms, self.begin, self.end))?;
+            check("cuEventElapsedTime_v2", sys::cuEventElapsedTime_v2(&mut ms, self.begin, self.end))?;
         }
         Ok(Duration::from_secs_f32(ms.max(0.0) / 1e3))
     }

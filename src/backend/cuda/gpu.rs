@@ -287,6 +287,7 @@ impl Drop for Context {
             let _ = self.synchronize();
         }
         *self.staging.get_mut().unwrap_or_else(PoisonError::into_inner) = None;
+        *self.clock.get_mut().unwrap_or_else(PoisonError::into_inner) = None;
         for &module in &self.modules {
             // SAFETY: loaded by `open`; all work is done, and no kernel of it can be launched any more.
             let _ = unsafe { sys::cuModuleUnload(module) };

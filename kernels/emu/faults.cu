@@ -208,3 +208,9 @@ FAULT(never_ends) {
     }
     while (args.fault == 2 && x[0] < 1000.0f) sync_warp();
 }
+
+// Right as it is; with its mask switched off it reads past the end.
+FAULT(masked) {
+    uint32_t i = global_thread();
+    if (mask(i + 8 < args.n)) args.y[i] = args.x[i + 8];
+}

@@ -50,4 +50,9 @@ inline float exp2(float x) {
     return y < 0x1p-126f ? 0.0f : y;
 }
 
+// c += a b for the columns of b, as mma does. The 16 products are added in f64 in order of k, then c, and the sum is
+// rounded once. The chip adds with fewer bits in an order that it does not tell, so it may differ from this by a few
+// units in the last place of the largest term.
+void multiply(const uint16_t (&a)[16][16], const uint16_t (&b)[8][16], float (&c)[16][8], bool bf16);
+
 }  // namespace emu

@@ -44,11 +44,10 @@ inline float f16_to_float(uint16_t half) {
     return bits_to_float(sign | (size >= 0x7c00 ? special : finite));
 }
 
-// ex2.approx.ftz: subnormal inputs and results are zero.
-inline float exp2(float x) {
-    float y = exp2f(x);
-    return y < 0x1p-126f ? 0.0f : y;
-}
+// .ftz: subnormal inputs and results are zeroes of their sign.
+inline float flush(float x) { return fabsf(x) < 0x1p-126f ? copysignf(0.0f, x) : x; }
+inline float exp2_approx(float x) { return flush(exp2f(x)); }
+inline float rcp_approx(float x) { return flush(1.0f / flush(x)); }
 
 // c += a b for the columns of b, as mma does. The 16 products are added in f64 in order of k, then c, and the sum is
 // rounded once. The chip adds with fewer bits in an order that it does not tell, so it may differ from this by a few

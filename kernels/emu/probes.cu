@@ -55,10 +55,39 @@ KERNEL(256, 1, probe_convert, ProbeArgs) {
     args.out[4 * i + 3] = float_to_bits(low<bf16>(x));
 }
 
+// in: [lane][4], and one lane's worth more; out: [lane][4]: what an asynchronous copy brought (zeroes in lanes
+// from n on), plus twice the neighbour's, plus three times one's own, plus the count of lanes.
+KERNEL(32, 1, probe_memory, ProbeArgs) {
+    SHARED(shared);
+    uint32_t lane = threadIdx.x, own = 4 * lane;
+    uint32_t* s = (uint32_t*)shared;
+    uint32_t* count = s + 128;
+    copy16_async(s + own, args.in + own, lane < args.n);
+    commit_copies();
+    if (lane == 0) *count = 0;
+    wait_copies<0>();
+    sync_warp();
+    add_shared(count, 1);
+    sync_warp();
+    Vec16 next = load16(args.in + own + 4), mine = load16_stream(args.in + own), sum;
+    for (int i = 0; i < 4; i++) sum.word[i] = s[own + i] + 2 * next.word[i] + 3 * mine.word[i] + *count;
+    store16(args.out + own, sum);
+}
+
+// in: [n] bits; out: [n][exp2_approx, rcp_approx].
+KERNEL(256, 1, probe_approximate, ProbeArgs) {
+    uint32_t i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= args.n) return;
+    args.out[2 * i] = float_to_bits(exp2_approx(bits_to_float(args.in[i])));
+    args.out[2 * i + 1] = float_to_bits(rcp_approx(bits_to_float(args.in[i])));
+}
+
 // out: [0] a counter, zero before; [1 + 2 thread] when the thread began, [2 + 2 thread] when it ended. A butterfly between.
 KERNEL(64, 1, probe_order, ProbeArgs) {
     uint32_t i = blockIdx.x * blockDim.x + threadIdx.x;
     args.out[1 + 2 * i] = ticket(args.out, 1);
+#pragma unroll 1
     for (int step = 0; step < 8; step++) warp_sum(1.0f);
+    fence_device();
     args.out[2 + 2 * i] = ticket(args.out, 1);
 }

@@ -73,7 +73,7 @@ fn planted(device: &Device, name: &str, fault: u32) -> Result<(), String> {
 
 /// Kernel, fault, and one of the texts with which it is told. Where two threads meet in a race, the order decides
 /// whether the one reads what is not written yet or what is written beside it.
-const PLANTED: [(&str, u32, &[&str]); 42] = [
+const PLANTED: [(&str, u32, &[&str]); 43] = [
     ("past_the_end", 1, &["reads 4 bytes, 0 past the end of `x` (1024 bytes)"]),
     ("before_the_beginning", 1, &["reads 4 bytes, 4 before `x`"]),
     ("stray", 1, &["which is no memory of this device"]),
@@ -110,6 +110,7 @@ const PLANTED: [(&str, u32, &[&str]); 42] = [
     ("collectives", 4, &["ends while threads of its block wait at", "threads of its block that have ended"]),
     ("collectives", 5, &["lanes of its warp that have ended", "ends while lanes of its warp wait"]),
     ("collectives", 6, &["ends while threads of its block wait at", "threads of its block that have ended"]),
+    ("stack", 1, &["needs more than 49152 bytes of stack"]),
     ("never_ends", 1, &["does not end"]),
     ("never_ends", 2, &["does not end"]),
     // Right, whatever the order.
@@ -349,6 +350,37 @@ fn shuffles_take_from_the_lane_named() {
     let out = probe("probe_shuffle", 1, 32, &x, 128);
     for l in 0..32 {
         assert_eq!(out[4 * l..4 * l + 4], [x[(7 * l + 3) % 32], x[l ^ 5], x[l ^ 16], odd], "lane {l}");
+    }
+}
+
+#[test]
+fn memory_moves_whole_and_in_place() {
+    let input = bits(33 * 4, 6);
+    let device = Device::new(1);
+    let (x, y) = (device.upload("in", &input), device.alloc("out", 512));
+    device.launch("probe_memory", 1, 32, &[x, y, pair(20, 0)]).unwrap();
+    let out: Vec<u32> = device.download(y, 128).unwrap();
+    for i in 0..128 {
+        let copied = if i / 4 < 20 { input[i] } else { 0 };
+        let sum = [2, 3].into_iter().zip([input[i + 4], input[i]]).fold(copied, |sum, (n, x)| sum.wrapping_add(x.wrapping_mul(n)));
+        assert_eq!(out[i], sum.wrapping_add(32), "word {i}");
+    }
+}
+
+/// Within two units in the last place of f64, as the PTX ISA promises of the chip; subnormals are zeroes.
+#[test]
+fn approximate_functions_are_near() {
+    let mut input = bits(20_000, 7);
+    input.extend([0, 1, 0x7f_ffff, 0x80_0000, 0x8000_0001, 0x7f80_0000, 0xff80_0000, 0x3f80_0000, 0x7e80_0001, 0xc2fc_0001]);
+    let out = probe("probe_approximate", (input.len() as u32).div_ceil(256), 256, &input, input.len() * 2);
+    let flush = |x: f32| if x.is_subnormal() { 0f32.copysign(x) } else { x };
+    for (x, out) in input.iter().zip(out.chunks_exact(2)) {
+        let x = flush(f32::from_bits(*x));
+        for (name, found, exact) in [("2^", out[0], f64::from(x).exp2()), ("1/", out[1], 1.0 / f64::from(x))] {
+            let (found, exact) = (f32::from_bits(found), flush(exact as f32));
+            let units = i64::from(found.to_bits() as i32) - i64::from(exact.to_bits() as i32);
+            assert!(units.abs() <= 2 || (found.is_nan() && exact.is_nan()), "{name}{x:e}: {found:e}, exactly {exact:e}");
+        }
     }
 }
 

@@ -2,6 +2,7 @@
 // without order between. Every load and store of a kernel comes through here, so the usual case is short.
 #include "device.h"
 #include <algorithm>
+#include <string.h>
 
 namespace emu {
 namespace {
@@ -236,6 +237,10 @@ void __tsan_unaligned_write2(void* at) { access<true, 0>(at, 2, false); }
 void __tsan_unaligned_write4(void* at) { access<true, 0>(at, 4, false); }
 void __tsan_unaligned_write8(void* at) { access<true, 0>(at, 8, false); }
 void __tsan_unaligned_write16(void* at) { access<true, 0>(at, 16, false); }
+// Clang's, in place of the C library's.
+void* __tsan_memcpy(void* to, const void* from, size_t n) { return access<false, 0>(from, n, false), access<true, 0>(to, n, false), memcpy(to, from, n); }
+void* __tsan_memmove(void* to, const void* from, size_t n) { return access<false, 0>(from, n, false), access<true, 0>(to, n, false), memmove(to, from, n); }
+void* __tsan_memset(void* to, int byte, size_t n) { return access<true, 0>(to, n, false), memset(to, byte, n); }
 void __tsan_read_range(void* at, unsigned long n) { access<false, 0>(at, n, false); }
 void __tsan_write_range(void* at, unsigned long n) { access<true, 0>(at, n, false); }
 }

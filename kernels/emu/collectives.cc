@@ -31,6 +31,9 @@ template <class Work> __attribute__((always_inline)) inline void meet(Collective
     Launch& launch = *me->block->launch;
     if (warp.arrived == 0) warp.at = at, warp.site = site;
     else if (warp.at != at || warp.site != site) diverged(warp, at, site);
+    // A stack that has grown into its neighbour's is noticed here at the latest.
+    if (__builtin_expect((size_t)((char*)__builtin_frame_address(0) - me->stack) - STACK_SPARE > STACK - STACK_SPARE, 0))
+        fault("needs more than %zu bytes of stack", STACK - STACK_SPARE);
     warp.arrived++;
     Lane* next;
     if (warp.started < LANES) {

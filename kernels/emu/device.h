@@ -8,6 +8,13 @@
 #include <string>
 #include <vector>
 
+// A program's own variable, not one of a library that is loaded later: a load and no call.
+#ifdef __APPLE__
+#define EMU_TLS
+#else
+#define EMU_TLS __attribute__((tls_model("initial-exec")))
+#endif
+
 namespace emu {
 
 // A device's clock ticks at every barrier and every launch, so a time names one interval of one block between
@@ -16,7 +23,7 @@ using Time = uint32_t;
 
 constexpr int LANES = 32;
 // A lane's stack; the hooks tell by it which accesses are to a thread's own variables.
-constexpr size_t STACK = (size_t)64 << 10;
+constexpr size_t STACK = (size_t)64 << 10, STACK_SPARE = (size_t)16 << 10;
 // Accesses and arrivals in the time of one block. The longest block of a real model (a 128x128 tile of Linear,
 // K = 13824) takes some five million; 67 million take half a second.
 constexpr int64_t STEPS = (int64_t)1 << 26;
@@ -175,7 +182,7 @@ struct Device {
 };
 
 // The lane that this OS thread runs; null outside a launch.
-extern thread_local Lane* here __attribute__((tls_model("initial-exec")));
+extern thread_local Lane* here EMU_TLS;
 
 // ---- the parts, to each other ----
 

@@ -214,3 +214,12 @@ FAULT(masked) {
     uint32_t i = global_thread();
     if (mask(i + 8 < args.n)) args.y[i] = args.x[i + 8];
 }
+
+// With the fault it needs 50 kB of stack.
+template <int n> __attribute__((noinline)) static float locals(float x) {
+    volatile float local[n];
+    for (int i = 0; i < n; i += 4) local[i] = x;
+    return warp_sum(local[n - 4]);
+}
+
+FAULT(stack) { args.y[global_thread()] = args.fault ? locals<12500>(1.0f) : locals<16>(1.0f); }

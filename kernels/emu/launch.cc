@@ -13,18 +13,12 @@ thread_local Lane* here;
 
 namespace {
 
-constexpr size_t GUARD = (size_t)16 << 10;  // no memory there: a stack that overflows ends the process
+constexpr size_t STACKS_AT_ONCE = 64;       // in one mapping: there may be thousands, and systems limit mappings
 constexpr uint32_t RESIDENT = 3;            // blocks at most at one time
 
 Kernel*& first_kernel() {
     static Kernel* first;
     return first;
-}
-
-char* map_stack() {
-    char* at = (char*)mmap(nullptr, STACK + GUARD, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (at == (char*)MAP_FAILED || mprotect(at, GUARD, PROT_NONE)) return nullptr;
-    return at + GUARD;
 }
 
 // Starts the next lane of the warp's round; the last one to come has settled the round already.
@@ -70,10 +64,10 @@ bool furnish(Launch& launch, uint32_t slot) {
         if (!shadow_map(block->shared)) return false;
         room.blocks.push_back(std::move(block));
     }
-    for (size_t i = room.stacks.size(); i < (size_t)(slot + 1) * launch.threads; i++) {
-        char* stack = map_stack();
-        if (!stack) return false;
-        room.stacks.push_back(stack);
+    while (room.stacks.size() < (size_t)(slot + 1) * launch.threads) {
+        void* at = mmap(nullptr, STACKS_AT_ONCE * STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (at == MAP_FAILED) return false;
+        for (size_t i = 0; i < STACKS_AT_ONCE; i++) room.stacks.push_back((char*)at + i * STACK);
     }
     Block& block = *room.blocks[slot];
     block.launch = &launch;
@@ -126,7 +120,7 @@ void run(Launch& launch) {
 }  // namespace
 
 Room::~Room() {
-    for (char* stack : stacks) munmap(stack - GUARD, STACK + GUARD);
+    for (size_t i = 0; i < stacks.size(); i += STACKS_AT_ONCE) munmap(stacks[i], STACKS_AT_ONCE * STACK);
     for (auto& block : blocks) {
         block->shared.bytes = MAX_SHARED;
         shadow_unmap(block->shared);

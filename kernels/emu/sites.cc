@@ -31,7 +31,7 @@ struct Entry {
     const char* kind;
     const Site* site;
 };
-thread_local Entry seen[256] __attribute__((tls_model("initial-exec")));
+thread_local Entry seen[256] EMU_TLS;
 
 }  // namespace
 

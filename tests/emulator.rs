@@ -151,21 +151,22 @@ fn a_fault_leaves_no_trace() {
 /// switched off.
 #[test]
 fn each_site_switched_off_is_noticed() {
-    for name in ["read_after_write", "threads_of_a_block", "last_block", "copies", "masked"] {
-        planted(&Device::new(1), name, 0).unwrap();
+    let kernels = ["read_after_write", "threads_of_a_block", "last_block", "copies", "masked"];
+    for kernel in kernels {
+        planted(&Device::new(1), kernel, 0).unwrap();
     }
     let wanted = |site: &String| site.starts_with("kernels/emu/faults.cu:");
-    let lines = |kernel: &str| -> Vec<usize> {
-        let text = include_str!("../kernels/emu/faults.cu");
-        let first = text.lines().position(|line| line == format!("FAULT({kernel}) {{")).unwrap() + 1;
-        let length = text.lines().skip(first).position(|line| line == "}").unwrap();
-        (first + 1..first + 1 + length).collect()
+    let text: Vec<_> = include_str!("../kernels/emu/faults.cu").lines().collect();
+    let holds = |kernel: &str, site: usize| {
+        let first = text.iter().position(|line| *line == format!("FAULT({kernel}) {{")).unwrap();
+        let end = first + text[first..].iter().position(|line| *line == "}").unwrap();
+        // Other tests, beside this one, reach sites that only faults have.
+        (first..end).contains(&(site - 1)) && !text[site - 1].contains("if (fault ==")
     };
     let mut noticed = Vec::new();
     for (site, name) in emu::sites().iter().enumerate().filter(|(_, name)| wanted(name)) {
         let line: usize = name.split([':', ' ']).nth(1).unwrap().parse().unwrap();
-        let kernels = ["read_after_write", "threads_of_a_block", "last_block", "copies", "masked"];
-        let Some(kernel) = kernels.into_iter().find(|kernel| lines(kernel).contains(&line)) else { continue };
+        let Some(kernel) = kernels.into_iter().find(|kernel| holds(kernel, line)) else { continue };
         for seed in 0..5 {
             let device = Device::new(seed);
             device.0.switch_off(Some(site));
@@ -398,13 +399,13 @@ fn conversions_round_to_nearest_even() {
     let same = |ours: f32, theirs: f32| ours.to_bits() == theirs.to_bits() || (ours.is_nan() && theirs.is_nan());
     for (x, out) in input.iter().zip(out.chunks_exact(4)) {
         let value = f32::from_bits(*x);
-        let [b, h] = [bf16::from_bits(out[0] as u16), f16::from_bits(out[1] as u16)];
+        let (b, h) = (out[0] as u16, out[1] as u16);
         assert_eq!([out[0] >> 16, out[1] >> 16], [0x3f80, 0x3c00], "the high half is 1");
         if value.is_nan() {
-            assert_eq!([b.to_bits(), h.to_bits()], [0x7fff; 2], "{x:08x}: the canonical NaN");
+            assert_eq!([b, h], [0x7fff; 2], "{x:08x}: the canonical NaN");
         } else {
-            assert_eq!(b.to_bits(), bf16::from_f32(value).to_bits(), "{x:08x} to bf16");
-            assert_eq!(h.to_bits(), f16::from_f32(value).to_bits(), "{x:08x} to f16");
+            assert_eq!(b, bf16::from_f32(value).to_bits(), "{x:08x} to bf16");
+            assert_eq!(h, f16::from_f32(value).to_bits(), "{x:08x} to f16");
         }
         assert!(same(f32::from_bits(out[2]), f16::from_bits(*x as u16).to_f32()), "{x:04x} from f16");
         assert!(same(f32::from_bits(out[3]), bf16::from_bits(*x as u16).to_f32()), "{x:04x} from bf16");

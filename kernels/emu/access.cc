@@ -40,15 +40,15 @@ struct Access {
     auto* p = (const unsigned char*)at;
     const Block& block = *here->block;
     const Device& device = *block.launch->device;
-    const Memory* m = device.find(at);
-    if (!m && p + SLOT / 2 > device.space) m = device.find(p + SLOT / 2);
-    if (!m && p - SLOT / 2 >= device.space) m = device.find(p - SLOT / 2);
     constexpr ptrdiff_t NEAR = 1 << 20;
-    if (p - block.shared.base > -NEAR && p - block.shared.base < NEAR) m = &block.shared;
-    if (m && p >= m->base + m->bytes)
-        fault("%s %zu bytes, %zu past the end of %s (%zu bytes)", verb, n, (size_t)(p - m->base - m->bytes), m->what.c_str(), m->bytes);
-    if (m && p < m->base) fault("%s %zu bytes, %zu before %s", verb, n, (size_t)(m->base - p), m->what.c_str());
-    if (m) fault("%s %zu bytes at offset %zu of %s, past its end (%zu bytes)", verb, n, (size_t)(p - m->base), m->what.c_str(), m->bytes);
+    for (const Memory* m : {&block.shared, (const Memory*)device.find(p), (const Memory*)device.find(p - NEAR), (const Memory*)device.find(p + NEAR)}) {
+        if (!m) continue;
+        ptrdiff_t offset = p - m->base, past = offset - (ptrdiff_t)m->bytes;
+        const char* what = m->what.c_str();
+        if (offset >= 0 && past < 0) fault("%s %zu bytes at offset %td of %s, past its end (%zu bytes)", verb, n, offset, what, m->bytes);
+        if (offset >= 0 && past < NEAR) fault("%s %zu bytes, %td past the end of %s (%zu bytes)", verb, n, past, what, m->bytes);
+        if (offset < 0 && offset > -NEAR) fault("%s %zu bytes, %td before %s", verb, n, -offset, what);
+    }
     fault("%s %zu bytes at %p, which is no memory of this device", verb, n, at);
 }
 

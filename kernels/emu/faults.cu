@@ -156,7 +156,7 @@ FAULT(relay) {
     if (threadIdx.x) return;
     if (ticket(args.counter, 1) == 0) args.y[0] = 1.0f;
     uint32_t second = ticket(args.counter + 1, 1);
-    if (second == gridDim.x - 1 || args.fault) args.x[0] = args.y[0];
+    if (second == gridDim.x - 1 || args.fault) args.x[blockIdx.x] = args.y[0];
 }
 
 // ---- asynchronous copies -------------------------------------------------------------------------
@@ -172,10 +172,8 @@ FAULT(copies) {
     commit_copies();
     copy16_async(s + 256 + 4 * t, from, false);
     if (fault != 4) commit_copies();
-    if (fault == 5) {
-        sync_block();
-        if (t == 0) args.x[blockIdx.x * 64] = 2.0f;
-    }
+    if (fault == 5) sync_block();
+    if (fault == 5 && t == 0) args.x[blockIdx.x * 64] = 2.0f;
     if (fault == 6) s[4 * t] = 0.0f;
     if (fault == 3) wait_copies<1>();
     else if (fault != 1) wait_copies<0>();

@@ -73,7 +73,7 @@ fn planted(device: &Device, name: &str, fault: u32) -> Result<(), String> {
 
 /// Kernel, fault, and one of the texts with which it is told. Where two threads meet in a race, the order decides
 /// whether the one reads what is not written yet or what is written beside it.
-const PLANTED: [(&str, u32, &[&str]); 43] = [
+const PLANTED: [(&str, u32, &[&str]); 44] = [
     ("past_the_end", 1, &["reads 4 bytes, 0 past the end of `x` (1024 bytes)"]),
     ("before_the_beginning", 1, &["reads 4 bytes, 4 before `x`"]),
     ("stray", 1, &["which is no memory of this device"]),
@@ -96,6 +96,7 @@ const PLANTED: [(&str, u32, &[&str]); 43] = [
     ("last_block", 2, &["of `y`"]),
     ("last_block", 3, &["race: reads", "race: writes", "of shared memory that nothing has written"]),
     ("last_block", 4, &["`counter`, which thread 0"]),
+    ("additions", 1, &["race: adds", "race: reads"]),
     ("relay", 1, &["of `y`"]),
     ("copies", 1, &["where an asynchronous copy of thread"]),
     ("copies", 2, &["asynchronous copy", "race: reads", "that nothing has written"]),
@@ -304,7 +305,8 @@ fn mma_agrees_with_the_layouts_of_cute() {
             "probe_mma_bf16" => (x & 0x807f) as u16 | ((124 + (x >> 16) % 8) << 7) as u16,
             _ => (x & 0x83ff) as u16 | ((12 + (x >> 16) % 8) << 10) as u16,
         };
-        let [a, b]: [Vec<u16>; 2] = [(256, 1), (128, 2)].map(|(n, seed)| bits(n, seed).into_iter().map(narrow).collect());
+        let [a, b]: [Vec<u16>; 2] =
+            [(256, 1), (128, 2)].map(|(n, seed)| bits(n, seed).into_iter().map(narrow).collect());
         let c: Vec<f32> = bits(128, 3).into_iter().map(|x| x as f32 / 1e8 - 20.0).collect();
         let word = |m: &[u16], low: usize, high: usize| u32::from(m[low]) | u32::from(m[high]) << 16;
         let mut input = Vec::new();
@@ -363,7 +365,10 @@ fn memory_moves_whole_and_in_place() {
     let out: Vec<u32> = device.download(y, 128).unwrap();
     for i in 0..128 {
         let copied = if i / 4 < 20 { input[i] } else { 0 };
-        let sum = [2, 3].into_iter().zip([input[i + 4], input[i]]).fold(copied, |sum, (n, x)| sum.wrapping_add(x.wrapping_mul(n)));
+        let sum = [2, 3]
+            .into_iter()
+            .zip([input[i + 4], input[i]])
+            .fold(copied, |sum, (n, x)| sum.wrapping_add(x.wrapping_mul(n)));
         assert_eq!(out[i], sum.wrapping_add(32), "word {i}");
     }
 }
@@ -372,15 +377,30 @@ fn memory_moves_whole_and_in_place() {
 #[test]
 fn approximate_functions_are_near() {
     let mut input = bits(20_000, 7);
-    input.extend([0, 1, 0x7f_ffff, 0x80_0000, 0x8000_0001, 0x7f80_0000, 0xff80_0000, 0x3f80_0000, 0x7e80_0001, 0xc2fc_0001]);
+    input.extend([
+        0,
+        1,
+        0x7f_ffff,
+        0x80_0000,
+        0x8000_0001,
+        0x7f80_0000,
+        0xff80_0000,
+        0x3f80_0000,
+        0x7e80_0001,
+        0xc2fc_0001,
+    ]);
     let out = probe("probe_approximate", (input.len() as u32).div_ceil(256), 256, &input, input.len() * 2);
     let flush = |x: f32| if x.is_subnormal() { 0f32.copysign(x) } else { x };
     for (x, out) in input.iter().zip(out.chunks_exact(2)) {
         let x = flush(f32::from_bits(*x));
-        for (name, found, exact) in [("2^", out[0], f64::from(x).exp2()), ("1/", out[1], 1.0 / f64::from(x))] {
+        for (name, found, exact) in [("2^", out[0], f64::from(x).exp2()), ("1/", out[1], 1.0 / f64::from(x))]
+        {
             let (found, exact) = (f32::from_bits(found), flush(exact as f32));
             let units = i64::from(found.to_bits() as i32) - i64::from(exact.to_bits() as i32);
-            assert!(units.abs() <= 2 || (found.is_nan() && exact.is_nan()), "{name}{x:e}: {found:e}, exactly {exact:e}");
+            assert!(
+                units.abs() <= 2 || (found.is_nan() && exact.is_nan()),
+                "{name}{x:e}: {found:e}, exactly {exact:e}"
+            );
         }
     }
 }
@@ -391,12 +411,16 @@ fn conversions_round_to_nearest_even() {
     let mut input: Vec<u32> = (0..=0xffff).collect();
     input.extend(bits(20_000, 5));
     for exponent in 0..=255u32 {
-        for mantissa in [0, 1, 0xfff, 0x1000, 0x1001, 0x2fff, 0x3000, 0x3001, 0x7fff, 0x8000, 0x8001, 0x1_7fff, 0x1_8000, 0x1_8001, 0x7f_efff, 0x7f_f000, 0x7f_7fff, 0x7f_8000, 0x7f_ffff] {
+        for mantissa in [
+            0, 1, 0xfff, 0x1000, 0x1001, 0x2fff, 0x3000, 0x3001, 0x7fff, 0x8000, 0x8001, 0x1_7fff, 0x1_8000,
+            0x1_8001, 0x7f_efff, 0x7f_f000, 0x7f_7fff, 0x7f_8000, 0x7f_ffff,
+        ] {
             input.extend([exponent << 23 | mantissa, 1 << 31 | exponent << 23 | mantissa]);
         }
     }
     let out = probe("probe_convert", (input.len() as u32).div_ceil(256), 256, &input, input.len() * 4);
-    let same = |ours: f32, theirs: f32| ours.to_bits() == theirs.to_bits() || (ours.is_nan() && theirs.is_nan());
+    let same =
+        |ours: f32, theirs: f32| ours.to_bits() == theirs.to_bits() || (ours.is_nan() && theirs.is_nan());
     for (x, out) in input.iter().zip(out.chunks_exact(4)) {
         let value = f32::from_bits(*x);
         let (b, h) = (out[0] as u16, out[1] as u16);

@@ -9,8 +9,22 @@ use std::process::Command;
 
 /// Instructions that primitives are made of, by how they begin.
 const WANTED: [&str; 16] = [
-    "atom.", "bar.", "cp.async", "cvt.f32.f16", "cvt.rn.bf16", "cvt.rn.f16", "ex2.", "fence.", "ldmatrix.", "mma.", "rcp.",
-    "red.", "shfl.", "vote.", "ld.global.", "st.global.",
+    "atom.",
+    "bar.",
+    "cp.async",
+    "cvt.f32.f16",
+    "cvt.rn.bf16",
+    "cvt.rn.f16",
+    "ex2.",
+    "fence.",
+    "ldmatrix.",
+    "mma.",
+    "rcp.",
+    "red.",
+    "shfl.",
+    "vote.",
+    "ld.global.",
+    "st.global.",
 ];
 
 /// The registers that a text names, each with its place.
@@ -31,7 +45,8 @@ fn trace(kernel: &str) -> String {
     let mut text = String::new();
     for line in kernel.lines() {
         let line = line.trim().trim_end_matches(';');
-        let (guard, line) = line.split_once(' ').filter(|(guard, _)| guard.starts_with('@')).unwrap_or(("", line));
+        let (guard, line) =
+            line.split_once(' ').filter(|(guard, _)| guard.starts_with('@')).unwrap_or(("", line));
         let (operation, operands) = line.split_once([' ', '\t']).unwrap_or((line, ""));
         let operands = operands.trim();
         if let ("mov.b32" | "mov.f32", Some((to, from))) = (operation, operands.split_once(", ")) {
@@ -62,7 +77,9 @@ fn trace(kernel: &str) -> String {
         let name = operation.split('.').next().unwrap();
         let number = count.entry(name.into()).and_modify(|n| *n += 1).or_insert(1);
         let end = operands.find(if operands.starts_with('{') { '}' } else { ',' }).unwrap_or(0);
-        for (i, (_, register)) in registers(&operands[..end]).enumerate().filter(|_| !operands.starts_with('[')) {
+        for (i, (_, register)) in
+            registers(&operands[..end]).enumerate().filter(|_| !operands.starts_with('['))
+        {
             names.insert(register.into(), format!("{name}{number}.{i}"));
         }
     }

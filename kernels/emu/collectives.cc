@@ -20,26 +20,30 @@ const char* name_of(Collective c) {
 }
 
 [[noreturn]] __attribute__((noinline, cold)) void diverged(const Warp& warp, Collective at, const Site* site) {
-    fault_of_many("is at %s%s%s while other lanes of its warp are at %s%s%s", name_of(at), site ? ", " : "", site ? site->name.c_str() : "",
-          name_of(warp.at), warp.site ? ", " : "", warp.site ? warp.site->name.c_str() : "");
+    fault_of_many("is at %s%s%s while other lanes of its warp are at %s%s%s", name_of(at), site ? ", " : "",
+                  site ? site->name.c_str() : "", name_of(warp.at), warp.site ? ", " : "",
+                  warp.site ? warp.site->name.c_str() : "");
 }
 
 // All lanes of a warp come together; `work` is done by the last, and says whether the warp then goes on.
-template <class Work> __attribute__((always_inline)) inline void meet(Collective at, const Site* site, Work work) {
+template <class Work>
+__attribute__((always_inline)) inline void meet(Collective at, const Site* site, Work work) {
     Lane* me = here;
     Warp& warp = *me->warp;
     Launch& launch = *me->block->launch;
     if (warp.arrived == 0) warp.at = at, warp.site = site;
     else if (warp.at != at || warp.site != site) diverged(warp, at, site);
     // A stack that has grown into its neighbour's is noticed here at the latest.
-    if (__builtin_expect((size_t)((char*)__builtin_frame_address(0) - me->stack) - STACK_SPARE > STACK - STACK_SPARE, 0))
+    if (__builtin_expect((size_t)((char*)__builtin_frame_address(0) - me->stack) - STACK_SPARE > STACK - STACK_SPARE,
+                         0))
         fault("needs more than %zu bytes of stack", STACK - STACK_SPARE);
     warp.arrived++;
     Lane* next;
     if (warp.started < LANES) {
         next = &warp.lanes[(warp.first + warp.started++ * warp.stride) % LANES];
     } else {
-        if (warp.arrived < LANES) fault_of_many("is at %s, for which lanes of its warp that have ended are missing", name_of(at));
+        if (warp.arrived < LANES)
+            fault_of_many("is at %s, for which lanes of its warp that have ended are missing", name_of(at));
         launch.steps_left -= LANES;
         warp.arrived = 0;
         warp.turn ^= 1;
@@ -85,7 +89,8 @@ void sync_block(const char* file, int line) {
         block.barrier = s;
         block.waiting++;
         warp.ready = false;
-        if (block.exited) fault_of_many("is at %s, for which threads of its block that have ended are missing", s->name.c_str());
+        if (block.exited)
+            fault_of_many("is at %s, for which threads of its block that have ended are missing", s->name.c_str());
         return false;
     });
 }
@@ -121,7 +126,8 @@ uint32_t ticket(uint32_t* counter, uint32_t add, const char* file, int line) {
 
 namespace {
 
-template <class Source> inline uint64_t exchange(uint64_t x, int argument, Source source) {
+template <class Source>
+inline uint64_t exchange(uint64_t x, int argument, Source source) {
     Lane* me = here;
     Warp& warp = *me->warp;
     int turn = warp.turn, lane = me->thread % LANES;
@@ -199,7 +205,8 @@ void wait_copies(int pending, const char* file, int line) {
     for (Copy& copy : me.copies) {
         if (copy.group + (uint32_t)pending < me.groups) {
             if (!copy.landed) land(copy);
-            if (copy.from && memcmp(copy.from, copy.issued, 16)) fault("waits for an asynchronous copy whose source has changed since its issue");
+            if (copy.from && memcmp(copy.from, copy.issued, 16))
+                fault("waits for an asynchronous copy whose source has changed since its issue");
             end_copy(copy.to);
         } else {
             me.copies[kept++] = copy;
@@ -220,7 +227,7 @@ Bits128 load_matrices_bits(const void* shared_row, bool transposed) {
     meet(Collective::LOAD_MATRICES, nullptr, [turn, transposed](Warp& warp) {
         uint16_t m[4][8][8];
         for (int i = 0; i < LANES; i++) memcpy(m[i / 8][i % 8], (const void*)warp.in[turn][i][0], 16);
-        auto* out = (uint32_t(*)[4])warp.out[turn];
+        auto* out = (uint32_t (*)[4])warp.out[turn];
         for (int l = 0; l < LANES; l++) {
             int row = l / 4, col = l % 4 * 2;
             for (int i = 0; i < 4; i++)

@@ -105,8 +105,8 @@ struct Lane {
 struct Warp {
     Block* block;
     Lane* lanes;
-    Lane* resume;  // who runs when the warp runs
-    Time synced;   // the last sync_warp
+    Lane* resume;                    // who runs when the warp runs
+    Time synced;                     // the last sync_warp
     uint8_t first, stride, started;  // the order of lanes in this round; how many have started
     uint8_t arrived;
     uint8_t turn;  // collectives alternate between two sets of slots: a lane may be one collective ahead
@@ -125,9 +125,9 @@ struct Block {
     Memory shared;
     std::vector<Lane> lanes;
     std::vector<Warp> warps;
-    uint32_t waiting, exited;  // warps
-    const Site* barrier;       // where those that wait do
-    Clock known;               // to all its threads
+    uint32_t waiting, exited;        // warps
+    const Site* barrier;             // where those that wait do
+    Clock known;                     // to all its threads
     std::vector<Acquired> acquired;  // since the last barrier, by one thread or warp
 };
 
@@ -222,8 +222,9 @@ void start_block(Block& block, uint32_t number);
 void begin_round(Warp& warp);
 void release_barrier(Block& block);
 
-// Whether an access by `thread` at `time` happened before now, as the present lane may know.
-bool ordered(Time time, Who thread, bool many_lanes, bool many_warps);
+// Whether an access at `time` by `who`, or by more lanes or warps beside it, happened before now, as the present lane
+// may know.
+bool ordered(Time time, Who who, bool many_lanes, bool many_warps);
 void release_and_acquire(const void* counter);
 // What one thread learnt from a ticket reaches its warp by a sync_warp, its block by a barrier.
 void pass_on_to_warp(Warp& warp);

@@ -151,12 +151,23 @@ FAULT(last_block) {
     if (threadIdx.x == 0) args.x[0] = sum, *args.counter = 0;
 }
 
-// Two tickets in a row: what the first block did is known to the third through the second.
+// Additions do not race with each other, but with a read.
+FAULT(additions) {
+    SHARED(shared);
+    uint32_t* count = (uint32_t*)shared;
+    if (threadIdx.x == 0) *count = 0;
+    sync_block();
+    add_shared(count, 1);
+    if (!args.fault) sync_block();
+    args.y[global_thread()] = (float)*count;
+}
+
+// What the block that comes first does after its ticket is known by the other counter's ticket only.
 FAULT(relay) {
     if (threadIdx.x) return;
     if (ticket(args.counter, 1) == 0) args.y[0] = 1.0f;
-    uint32_t second = ticket(args.counter + 1, 1);
-    if (second == gridDim.x - 1 || args.fault) args.x[blockIdx.x] = args.y[0];
+    uint32_t second = args.fault ? gridDim.x - 1 : ticket(args.counter + 1, 1);
+    if (second == gridDim.x - 1) args.x[blockIdx.x] = args.y[0];
 }
 
 // ---- asynchronous copies -------------------------------------------------------------------------
@@ -202,8 +213,7 @@ FAULT(collectives) {
 // 1: waits for a value that never comes; 2: the same, in step.
 FAULT(never_ends) {
     const volatile float* x = args.x;
-    while (args.fault == 1 && x[0] < 1000.0f) {
-    }
+    while (args.fault == 1 && x[0] < 1000.0f) {}
     while (args.fault == 2 && x[0] < 1000.0f) sync_warp();
 }
 
@@ -214,7 +224,8 @@ FAULT(masked) {
 }
 
 // With the fault it needs 50 kB of stack.
-template <int n> __attribute__((noinline)) static float locals(float x) {
+template <int n>
+__attribute__((noinline)) static float locals(float x) {
     volatile float local[n];
     for (int i = 0; i < n; i += 4) local[i] = x;
     return warp_sum(local[n - 4]);

@@ -13,8 +13,8 @@ thread_local Lane* here;
 
 namespace {
 
-constexpr size_t STACKS_AT_ONCE = 64;       // in one mapping: there may be thousands, and systems limit mappings
-constexpr uint32_t RESIDENT = 3;            // blocks at most at one time
+constexpr size_t STACKS_AT_ONCE = 64;  // in one mapping: there may be thousands, and systems limit mappings
+constexpr uint32_t RESIDENT = 3;       // blocks at most at one time
 
 Kernel*& first_kernel() {
     static Kernel* first;
@@ -56,7 +56,8 @@ bool furnish(Launch& launch, uint32_t slot) {
     Room& room = launch.device->room;
     while (room.blocks.size() <= slot) {
         std::unique_ptr<Block> block(new Block{});
-        void* at = mmap(nullptr, MAX_SHARED, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        void* at =
+            mmap(nullptr, MAX_SHARED, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (at == MAP_FAILED) return false;
         block->shared.base = (unsigned char*)at;
         block->shared.bytes = MAX_SHARED;
@@ -65,7 +66,8 @@ bool furnish(Launch& launch, uint32_t slot) {
         room.blocks.push_back(std::move(block));
     }
     while (room.stacks.size() < (size_t)(slot + 1) * launch.threads) {
-        void* at = mmap(nullptr, STACKS_AT_ONCE * STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        void* at = mmap(nullptr, STACKS_AT_ONCE * STACK, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (at == MAP_FAILED) return false;
         for (size_t i = 0; i < STACKS_AT_ONCE; i++) room.stacks.push_back((char*)at + i * STACK);
     }
@@ -275,7 +277,8 @@ const char* emu_kernel(size_t i) {
     return k ? k->name : nullptr;
 }
 
-int emu_launch(emu_device* d, const char* name, const uint32_t grid[3], uint32_t block, uint32_t shared, const void* args, size_t args_bytes) {
+int emu_launch(emu_device* d, const char* name, const uint32_t grid[3], uint32_t block, uint32_t shared,
+               const void* args, size_t args_bytes) {
     auto refuse = [&](const std::string& why) {
         d->error = std::string("launch of ") + name + ": " + why;
         return 1;
@@ -284,12 +287,17 @@ int emu_launch(emu_device* d, const char* name, const uint32_t grid[3], uint32_t
     while (kernel && strcmp(kernel->name, name)) kernel = kernel->next;
     if (!kernel) return refuse("there is no such kernel");
     if (!block || block % LANES || block > kernel->threads || block > 1024)
-        return refuse("blocks of " + std::to_string(block) + " threads; it takes whole warps, " + std::to_string(kernel->threads) + " threads at most");
+        return refuse("blocks of " + std::to_string(block) + " threads; it takes whole warps, " +
+                      std::to_string(kernel->threads) + " threads at most");
     if (args_bytes != kernel->args_bytes)
-        return refuse(std::to_string(args_bytes) + " bytes of arguments, the kernel has " + std::to_string(kernel->args_bytes));
-    if (shared > MAX_SHARED) return refuse(std::to_string(shared) + " bytes of shared memory; 232448 are the most any device has");
-    if (!grid[0] || !grid[1] || !grid[2] || grid[1] > 65535 || grid[2] > 65535 || (uint64_t)grid[0] * grid[1] * grid[2] > 0x7fffffff)
-        return refuse("a grid of " + std::to_string(grid[0]) + "x" + std::to_string(grid[1]) + "x" + std::to_string(grid[2]) + " blocks");
+        return refuse(std::to_string(args_bytes) + " bytes of arguments, the kernel has " +
+                      std::to_string(kernel->args_bytes));
+    if (shared > MAX_SHARED)
+        return refuse(std::to_string(shared) + " bytes of shared memory; 232448 are the most any device has");
+    if (!grid[0] || !grid[1] || !grid[2] || grid[1] > 65535 || grid[2] > 65535 ||
+        (uint64_t)grid[0] * grid[1] * grid[2] > 0x7fffffff)
+        return refuse("a grid of " + std::to_string(grid[0]) + "x" + std::to_string(grid[1]) + "x" +
+                      std::to_string(grid[2]) + " blocks");
     if (d->now > 0xc0000000u) forget_times(d);
     // A copy, aligned as the GPU's constant bank is, so that the kernel cannot see the caller's bytes change.
     alignas(64) unsigned char copy[4096];

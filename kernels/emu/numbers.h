@@ -28,7 +28,7 @@ inline uint16_t float_to_f16(float x) {
     uint32_t bits = float_to_bits(x), sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
     if (size > 0x7f800000) return 0x7fff;
     if (size >= 0x47800000) return (uint16_t)(sign | 0x7c00);  // 65536 and above; 65520 rounds up to it below
-    if (size < 0x38800000) {                                   // below 2^-14: units of 2^-24, the unit of 0.5f's last place
+    if (size < 0x38800000) {  // below 2^-14: units of 2^-24, the unit of 0.5f's last place
         float shifted = bits_to_float(size) + 0.5f;
         return (uint16_t)(sign | (float_to_bits(shifted) - 0x3f000000));
     }

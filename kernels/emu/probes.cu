@@ -9,7 +9,8 @@ struct ProbeArgs {
 };
 
 // in: [lane][a0 a1 a2 a3 b0 b1 c0 c1 c2 c3]; out: [lane][c0 c1 c2 c3].
-template <class T> DEVICE void probe_mma(const ProbeArgs& args) {
+template <class T>
+DEVICE void probe_mma(const ProbeArgs& args) {
     const uint32_t* in = args.in + threadIdx.x * 10;
     uint32_t a[4] = {in[0], in[1], in[2], in[3]};
     float c[4] = {bits_to_float(in[6]), bits_to_float(in[7]), bits_to_float(in[8]), bits_to_float(in[9])};
@@ -34,7 +35,8 @@ KERNEL(32, 1, probe_load_matrices, ProbeArgs) {
     }
 }
 
-// in: [lane]; out: [lane][shuffle from lane (7 lane + 3) % 32, shuffle_xor 5, 64-bit shuffle_xor 16 (high word), lanes_where odd].
+// in: [lane]; out: [lane][shuffle from lane (7 lane + 3) % 32, shuffle_xor 5, shuffle_xor 16 of 64 bits (the high word),
+// lanes_where odd].
 KERNEL(32, 1, probe_shuffle, ProbeArgs) {
     uint32_t lane = threadIdx.x, x = args.in[lane];
     uint32_t* out = args.out + lane * 4;
@@ -82,7 +84,8 @@ KERNEL(256, 1, probe_approximate, ProbeArgs) {
     args.out[2 * i + 1] = float_to_bits(rcp_approx(bits_to_float(args.in[i])));
 }
 
-// out: [0] a counter, zero before; [1 + 2 thread] when the thread began, [2 + 2 thread] when it ended. A butterfly between.
+// out: [0] a counter, zero before; [1 + 2 thread] when the thread began, [2 + 2 thread] when it ended. Between them it
+// meets its warp.
 KERNEL(64, 1, probe_order, ProbeArgs) {
     uint32_t i = blockIdx.x * blockDim.x + threadIdx.x;
     args.out[1 + 2 * i] = ticket(args.out, 1);

@@ -7,8 +7,10 @@
 //! alike; where it is not, the token may be another, and the test counts how often it is.
 
 mod cases;
+mod devices;
 
 use cases::{Case, Data, Random};
+use devices::{Tested, devices};
 use std::sync::Arc;
 use tessera::backend::Backend;
 use tessera::backend::cpu::CpuBackend;
@@ -127,8 +129,8 @@ fn is_borderline(row: &Row) -> bool {
 
 #[test]
 fn the_token_is_the_cpu_s() {
-    let cpu: Arc<dyn Backend> = Arc::new(CpuBackend::new(1).unwrap());
-    for backend in cases::devices() {
+    let cpu: Arc<dyn Backend> = Arc::new(CpuBackend::new(Some(1)).unwrap());
+    for Tested { backend, .. } in devices() {
         let (mut rows_seen, mut borderline, mut other) = (0, 0, 0);
         // Odd widths take single logits, multiples of four take vectors; 4099 is more than four for every thread.
         for (vocab, rounds) in [(1, 2), (7, 12), (32, 8), (33, 8), (1000, 12), (1025, 8), (4099, 8), (4100, 8)] {
@@ -157,7 +159,7 @@ fn the_token_is_the_cpu_s() {
 
 #[test]
 fn logits_that_are_not_finite_are_told() {
-    for backend in cases::devices() {
+    for Tested { backend, .. } in devices() {
         for vocab in [7, 1028] {
             let mut random = Random(vocab as u64);
             let mut rows: Vec<Row> = (0..7).map(|_| row(vocab, &mut random)).collect();
@@ -175,7 +177,7 @@ fn logits_that_are_not_finite_are_told() {
 /// the largest or one that is as large.
 #[test]
 fn scores_that_overflow_choose_a_token() {
-    for backend in cases::devices() {
+    for Tested { backend, .. } in devices() {
         let mut random = Random(9);
         let mut rows: Vec<Row> = (0..16).map(|_| row(40, &mut random)).collect();
         for row in &mut rows {

@@ -15,7 +15,7 @@ use oracle::Oracle;
 use std::sync::Arc;
 use tessera::backend::Backend;
 use tessera::op::Op;
-use tessera::tensor::{DType, Rows};
+use tessera::tensor::Rows;
 
 /// The cases of an op, with its rows in both phases where kernels differ.
 fn cases_of(name: &str) -> Vec<Case> {

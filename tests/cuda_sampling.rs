@@ -6,71 +6,26 @@
 //! id, is nothing beside it. So where a comparison is decided by more than 2^-20 of the sum, both must decide it
 //! alike; where it is not, the token may be another, and the test counts how often it is.
 
+#[allow(dead_code, reason = "each test program uses a part")]
 mod cases;
+#[allow(dead_code, reason = "each test program uses a part")]
 mod devices;
 
-use cases::{Case, Data, Random};
+use cases::Random;
+use cases::sampling::{Row, case_of, row};
 use devices::{Tested, devices};
 use std::sync::Arc;
 use tessera::backend::Backend;
 use tessera::backend::cpu::CpuBackend;
 use tessera::backend::cpu::sample::uniform;
-use tessera::op::{Op, SAMPLE_PARAMS, SampleParams};
-use tessera::tensor::{Bindings, DType, Rows, TensorType};
+use tessera::op::SampleParams;
+use tessera::tensor::DType;
 
 const BORDER: f64 = 1.0 / (1 << 20) as f64;
 
-/// One row's operands.
-struct Row {
-    logits: Vec<f32>,
-    params: SampleParams,
-    seen: Vec<u32>,
-}
-
-/// Logits of many characters and options from everywhere in their ranges, the ends most of all.
-fn row(vocab: usize, random: &mut Random) -> Row {
-    let spread = [0.0, 0.01, 1.0, 4.0, 30.0][random.below(5)];
-    let levels = [0, 2, 7][random.below(3)];
-    let offset = [0.0, -50.0, 3.0][random.below(3)];
-    let logits = (0..vocab)
-        .map(|_| {
-            // The sum of three is bell-shaped enough; a few levels make ties.
-            let x = random.float() + random.float() + random.float();
-            let x = if levels > 0 { (x * levels as f32).round() / levels as f32 } else { x };
-            x * spread + offset
-        })
-        .collect();
-    let mut pick = |values: &[f32]| values[random.below(values.len())];
-    let params = SampleParams {
-        temperature: pick(&[0.0, 0.3, 0.7, 1.0, 1.0, 2.0, 1e-4]),
-        top_k: pick(&[0.0, 0.0, 1.0, 2.0, 40.0, vocab as f32 - 1.0, vocab as f32, 1e6]) as u32,
-        top_p: pick(&[1.0, 1.0, 0.999, 0.95, 0.5, 0.1, 1e-6]),
-        min_p: pick(&[0.0, 0.0, 0.01, 0.3, 1.0]),
-        repetition_penalty: pick(&[1.0, 1.3, 0.5]),
-        seed_low: random.word() as u32,
-        seed_high: random.word() as u32,
-        position: random.below(4096) as u32,
-    };
-    let seen = (0..vocab.div_ceil(32)).map(|_| random.word() as u32).collect();
-    Row { logits, params, seen }
-}
-
 fn tokens(backend: &Arc<dyn Backend>, rows: &[Row]) -> Vec<i32> {
-    let cols = rows[0].logits.len();
-    let ins = vec![
-        TensorType::f32(Rows::Outputs, cols),
-        TensorType::i32(Rows::Outputs, SAMPLE_PARAMS),
-        TensorType::i32(Rows::Outputs, cols.div_ceil(32)),
-    ];
-    let bindings = Bindings { outputs: rows.len(), ..Bindings::default() };
-    let case = Case { op: Op::Sample, ins, weights: vec![], dtype: DType::F32, bindings, past: 0 };
-    let ins = vec![
-        rows.iter().flat_map(|row| row.logits.iter().map(|x| x.to_bits())).collect(),
-        rows.iter().flat_map(|row| bytemuck::cast::<_, [u32; SAMPLE_PARAMS]>(row.params)).collect(),
-        rows.iter().flat_map(|row| row.seen.iter().copied()).collect(),
-    ];
-    let results = case.run(backend.clone(), &Data { ins, weights: vec![] });
-    results[0].iter().map(|&token| token as i32).collect()
+    let (case, data) = case_of(rows);
+    case.run(backend.clone(), &data)[0].iter().map(|&token| token as i32).collect()
 }
 
 /// Whether a comparison of sums or probabilities that chooses the token is decided by less than [`BORDER`].
@@ -130,14 +85,17 @@ fn is_borderline(row: &Row) -> bool {
 #[test]
 fn the_token_is_the_cpu_s() {
     let cpu: Arc<dyn Backend> = Arc::new(CpuBackend::new(Some(1)).unwrap());
-    for Tested { backend, .. } in devices() {
+    // The kernel is one for both dtypes.
+    for Tested { backend, .. } in devices().iter().filter(|tested| tested.backend.dtype() == DType::BF16) {
         let (mut rows_seen, mut borderline, mut other) = (0, 0, 0);
         // Odd widths take single logits, multiples of four take vectors; 4099 is more than four for every thread.
-        for (vocab, rounds) in [(1, 2), (7, 12), (32, 8), (33, 8), (1000, 12), (1025, 8), (4099, 8), (4100, 8)] {
+        for (vocab, rounds) in
+            [(1, 2), (7, 12), (32, 8), (33, 8), (1000, 12), (1025, 8), (4099, 8), (4100, 8)]
+        {
             for round in 0..rounds {
                 let mut random = Random(vocab as u64 * 1000 + round);
                 let rows: Vec<Row> = (0..16).map(|_| row(vocab, &mut random)).collect();
-                let (ours, theirs) = (tokens(&backend, &rows), tokens(&cpu, &rows));
+                let (ours, theirs) = (tokens(backend, &rows), tokens(&cpu, &rows));
                 for ((row, ours), theirs) in rows.iter().zip(ours).zip(theirs) {
                     rows_seen += 1;
                     let may_differ = is_borderline(row);
@@ -187,5 +145,37 @@ fn scores_that_overflow_choose_a_token() {
         }
         let tokens = tokens(&backend, &rows);
         assert!(tokens.iter().all(|token| (0..8).contains(token)), "{tokens:?}");
+    }
+}
+
+/// Options that `Sampling::validate` would refuse: no fault, no endless loop, a token that exists.
+#[test]
+fn options_out_of_range_choose_a_token() {
+    type Spoil = fn(&mut SampleParams);
+    let spoils: [Spoil; 14] = [
+        |p| p.temperature = f32::NAN,
+        |p| p.temperature = -1.0,
+        |p| p.temperature = f32::INFINITY,
+        |p| p.temperature = 1e-40,
+        |p| p.top_k = u32::MAX,
+        |p| p.top_p = 0.0,
+        |p| p.top_p = -1.0,
+        |p| p.top_p = f32::NAN,
+        |p| p.top_p = f32::NEG_INFINITY,
+        |p| p.min_p = 2.0,
+        |p| p.min_p = f32::NAN,
+        |p| p.repetition_penalty = 0.0,
+        |p| p.repetition_penalty = -1.0,
+        |p| p.repetition_penalty = f32::NAN,
+    ];
+    for Tested { backend, .. } in devices() {
+        let mut random = Random(5);
+        let mut rows: Vec<Row> = (0..4 * spoils.len()).map(|_| row(50, &mut random)).collect();
+        for (row, spoil) in rows.iter_mut().zip(spoils.iter().cycle()) {
+            row.params.temperature = 1.0;
+            spoil(&mut row.params);
+        }
+        let tokens = tokens(&backend, &rows);
+        assert!(tokens.iter().all(|token| (0..50).contains(token)), "{tokens:?}");
     }
 }

@@ -8,6 +8,8 @@
 //! it when they are made, so that an oracle in f64 sees what the device sees, and results are widened again.
 
 pub mod bounds;
+#[allow(dead_code, reason = "each test program uses a part")]
+pub mod sampling;
 
 use std::sync::Arc;
 use tessera::backend::{Backend, Buffer};
@@ -477,7 +479,12 @@ pub fn edges() -> Vec<Case> {
         cases.push(case(Op::EmbedRows, ins, vec![[11, cols[0]]], tokens(6)));
         let ins = cols.map(|cols| f32s(Rows::PerImage(4), cols)).to_vec();
         for select in [Select::All, Select::Patches { rows: 4 }] {
-            cases.push(case(Op::SelectRows { select }, ins.clone(), vec![], Bindings { images: 2, ..tokens(0) }));
+            cases.push(case(
+                Op::SelectRows { select },
+                ins.clone(),
+                vec![],
+                Bindings { images: 2, ..tokens(0) },
+            ));
         }
     }
     for head_dim in (8..=128).step_by(8) {

@@ -1,8 +1,8 @@
 //! Rows of logits with sampling options.
 
-use super::{Case, Data, Random, case, f32s};
+use super::{Case, Data, Random};
 use tessera::op::{Op, SAMPLE_PARAMS, SampleParams};
-use tessera::tensor::{Bindings, Rows, TensorType};
+use tessera::tensor::{Bindings, DType, Rows, TensorType};
 
 /// One row's operands.
 pub struct Row {
@@ -46,7 +46,7 @@ pub fn row(vocab: usize, random: &mut Random) -> Row {
 pub fn case_of(rows: &[Row]) -> (Case, Data) {
     let cols = rows[0].logits.len();
     let types = vec![
-        f32s(Rows::Outputs, cols),
+        TensorType::f32(Rows::Outputs, cols),
         TensorType::i32(Rows::Outputs, SAMPLE_PARAMS),
         TensorType::i32(Rows::Outputs, cols.div_ceil(32)),
     ];
@@ -56,5 +56,6 @@ pub fn case_of(rows: &[Row]) -> (Case, Data) {
         rows.iter().flat_map(|row| row.seen.iter().copied()).collect(),
     ];
     let bindings = Bindings { outputs: rows.len(), ..Bindings::default() };
-    (case(Op::Sample, types, vec![], bindings), Data { ins, weights: vec![] })
+    let case = Case { op: Op::Sample, ins: types, weights: vec![], dtype: DType::F32, bindings, past: 0 };
+    (case, Data { ins, weights: vec![] })
 }

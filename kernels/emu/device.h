@@ -8,6 +8,13 @@
 #include <string>
 #include <vector>
 
+// A program's own variable, not one of a library that is loaded later: a load and no call.
+#ifdef __APPLE__
+#define EMU_TLS
+#else
+#define EMU_TLS __attribute__((tls_model("initial-exec")))
+#endif
+
 namespace emu {
 
 // A device's clock ticks at every barrier and every launch, so a time names one interval of one block between
@@ -16,7 +23,7 @@ using Time = uint32_t;
 
 constexpr int LANES = 32;
 // A lane's stack; the hooks tell by it which accesses are to a thread's own variables.
-constexpr size_t STACK = (size_t)64 << 10;
+constexpr size_t STACK = (size_t)64 << 10, STACK_SPARE = (size_t)16 << 10;
 // Accesses and arrivals in the time of one block. The longest block of a real model (a 128x128 tile of Linear,
 // K = 13824) takes some five million; 67 million take half a second.
 constexpr int64_t STEPS = (int64_t)1 << 26;
@@ -66,7 +73,17 @@ struct Site {
     int id;
 };
 
-enum class Collective : uint8_t { BLOCK_BARRIER, WARP_BARRIER, SHUFFLE, BALLOT, LOAD_MATRICES, MMA };
+enum class Collective : uint8_t {
+    BLOCK_BARRIER,
+    WARP_BARRIER,
+    SHUFFLE,
+    SHUFFLE_XOR,
+    BALLOT,
+    LOAD_MATRICES,
+    LOAD_TRANSPOSED,
+    MMA_BF16,
+    MMA_F16
+};
 
 struct Copy {
     unsigned char* to;
@@ -98,8 +115,8 @@ struct Lane {
 struct Warp {
     Block* block;
     Lane* lanes;
-    Lane* resume;  // who runs when the warp runs
-    Time synced;   // the last sync_warp
+    Lane* resume;                    // who runs when the warp runs
+    Time synced;                     // the last sync_warp
     uint8_t first, stride, started;  // the order of lanes in this round; how many have started
     uint8_t arrived;
     uint8_t turn;  // collectives alternate between two sets of slots: a lane may be one collective ahead
@@ -118,9 +135,9 @@ struct Block {
     Memory shared;
     std::vector<Lane> lanes;
     std::vector<Warp> warps;
-    uint32_t waiting, exited;  // warps
-    const Site* barrier;       // where those that wait do
-    Clock known;               // to all its threads
+    uint32_t waiting, exited;        // warps
+    const Site* barrier;             // where those that wait do
+    Clock known;                     // to all its threads
     std::vector<Acquired> acquired;  // since the last barrier, by one thread or warp
 };
 
@@ -175,7 +192,7 @@ struct Device {
 };
 
 // The lane that this OS thread runs; null outside a launch.
-extern thread_local Lane* here __attribute__((tls_model("initial-exec")));
+extern thread_local Lane* here EMU_TLS;
 
 // ---- the parts, to each other ----
 
@@ -191,8 +208,9 @@ void shadow_unmap(Memory& m);
 
 // Checks and records an access of the present lane; on a fault it does not return.
 void read_shared(const void* at, size_t n);
-void read_global(const void* at, size_t n);
-void write_global(void* at, size_t n);
+void read_global(const void* at);  // 16 bytes, as the next three
+void write_global(void* at);
+void read_stream(const void* at);  // past the caches that keep up with writes
 // An asynchronous copy into shared memory is issued, and later waited for.
 void begin_copy(void* to);
 void end_copy(void* to);
@@ -215,8 +233,9 @@ void start_block(Block& block, uint32_t number);
 void begin_round(Warp& warp);
 void release_barrier(Block& block);
 
-// Whether an access by `thread` at `time` happened before now, as the present lane may know.
-bool ordered(Time time, Who thread, bool many_lanes, bool many_warps);
+// Whether an access at `time` by `who`, or by more lanes or warps beside it, happened before now, as the present lane
+// may know.
+bool ordered(Time time, Who who, bool many_lanes, bool many_warps);
 void release_and_acquire(const void* counter);
 // What one thread learnt from a ticket reaches its warp by a sync_warp, its block by a barrier.
 void pass_on_to_warp(Warp& warp);

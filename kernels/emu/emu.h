@@ -17,12 +17,10 @@
 #define SHARED(name) unsigned char* const name = (unsigned char*)__builtin_assume_aligned(emu::shared_memory(), 128)
 
 // The arguments are a copy on each thread's stack. Making that copy is not an access of the kernel's.
-#define KERNEL(threads, blocks_per_sm, name, Args)                                                          \
-    static void name(const Args args);                                                                      \
-    __attribute__((no_sanitize("thread"))) static void name##_enter(const void* args) {                    \
-        name(*(const Args*)args);                                                                           \
-    }                                                                                                       \
-    static emu::Kernel name##_kernel(#name, threads, sizeof(Args), name##_enter);                           \
+#define KERNEL(threads, blocks_per_sm, name, Args)                                                                  \
+    static void name(const Args args);                                                                              \
+    __attribute__((no_sanitize("thread"))) static void name##_enter(const void* args) { name(*(const Args*)args); } \
+    static emu::Kernel name##_kernel(#name, threads, sizeof(Args), name##_enter);                                   \
     static void name(const Args args)
 
 #define threadIdx (emu::thread_index())
@@ -59,7 +57,6 @@ __attribute__((const)) void* shared_memory();
 void sync_block(const char* file, int line);
 void sync_warp(const char* file, int line);
 bool mask(bool inside, const char* file, int line);
-void fence_device(const char* file, int line);
 uint32_t ticket(uint32_t* counter, uint32_t add, const char* file, int line);
 void add_shared(uint32_t* shared, uint32_t x);
 uint32_t lanes_where(bool x);
@@ -84,18 +81,20 @@ struct Bits128 {
 };
 
 Bits128 load_128(const void* global);
+Bits128 load_128_stream(const void* global);
 void store_128(void* global, Bits128 x);
 void copy16_async(void* shared, const void* global, bool valid);
 void commit_copies();
 void wait_copies(int pending, const char* file, int line);
 
-template <class Vec> inline Vec load16(const void* global) {
+template <class Vec> inline Vec vector(Bits128 bits) {
     static_assert(sizeof(Vec) == 16, "");
-    Bits128 bits = load_128(global);
     Vec v;
     __builtin_memcpy(&v, &bits, 16);
     return v;
 }
+template <class Vec> inline Vec load16(const void* global) { return vector<Vec>(load_128(global)); }
+template <class Vec> inline Vec load16_stream(const void* global) { return vector<Vec>(load_128_stream(global)); }
 template <class Vec> inline void store16(void* global, Vec v) {
     static_assert(sizeof(Vec) == 16, "");
     Bits128 bits;

@@ -4,7 +4,7 @@ use super::options::{ModelArgs, SessionArgs, format_size};
 use crate::error::{Error, Result};
 use crate::graph::Executor;
 use crate::input::image::ImageMode;
-use crate::model::config::{ModelConfig, SelectStrategy};
+use crate::model::config::{ModelConfig, ProjectorConfig, Reference, SelectStrategy};
 use crate::model::weights::{TensorInfo, Weights};
 use crate::op::{Cost, KvExtent};
 use crate::runtime::{Model, Session};
@@ -196,11 +196,13 @@ fn vision_lines(model: &Model, config: &ModelConfig) -> Vec<(&'static str, Strin
         ImageMode::Crop => "crop: the shorter side is resized, the longer one cut",
         ImageMode::Pad => "pad: put on a square of the mean colour",
     });
+    let apart =
+        model.tower_folder().map_or(String::new(), |folder| format!(" of {}", folder.path("").display()));
     vec![
         (
             "vision tower",
             format!(
-                "CLIP, {} of {} blocks run, width {}, {} heads of {}, MLP {}, {}x{} pixels in patches of {}",
+                "CLIP{apart}, {} of {} blocks run, width {}, {} heads of {}, MLP {}, {}x{} pixels in patches of {}",
                 blocks,
                 v.num_layers,
                 v.hidden_size,
@@ -220,10 +222,34 @@ fn vision_lines(model: &Model, config: &ModelConfig) -> Vec<(&'static str, Strin
                 config.image_tokens()
             ),
         ),
-        ("projector", format!("{} -> {} -> {}, exact GELU", p.input_size, p.hidden_size, p.hidden_size)),
+        ("projector", projector_line(p)),
+        ("rules", reference_line(model)),
         ("image mode", mode.unwrap_or("none").into()),
-        ("EXIF rotation", "applied, as by Hugging Face's loader".into()),
     ]
+}
+
+/// The widths between linear layers.
+fn projector_line(projector: &ProjectorConfig) -> String {
+    let widths: Vec<_> = projector.inputs().chain([projector.hidden_size]).map(|n| n.to_string()).collect();
+    match projector.layers {
+        0 => "none (identity)".into(),
+        1 => format!("{}, linear", widths.join(" -> ")),
+        _ => format!("{}, exact GELU", widths.join(" -> ")),
+    }
+}
+
+/// What is done where transformers and the original code differ.
+fn reference_line(model: &Model) -> String {
+    let whose = match model.reference() {
+        Reference::Transformers => "transformers",
+        Reference::Original => "original LLaVA",
+    };
+    let exif = if model.decode_options().exif_orientation { "applied" } else { "ignored" };
+    let text = if model.prompter().cuts_at_pictures() { "piece by piece" } else { "as a whole" };
+    let penalty = if model.penalises_prompt() { "prompt and answer" } else { "the answer" };
+    format!(
+        "{whose}: EXIF rotation {exif}, text beside a picture tokenised {text}, repetition penalty counts {penalty}"
+    )
 }
 
 /// Tensors with the layer number left out: one line for all layers.

@@ -168,6 +168,9 @@ impl Session {
         for &id in ids {
             sequence.push(id);
         }
+        if !self.model.penalises_prompt() {
+            sequence.seen.fill(0);
+        }
         Ok(sequence)
     }
 

@@ -58,6 +58,11 @@ impl Case {
         self.folder.join(self.json["model"].as_str().unwrap())
     }
 
+    /// Whether the checkpoint is in the layout of the original LLaVA.
+    pub fn is_original(&self) -> bool {
+        self.json["kind"] == "llava_original"
+    }
+
     /// The bytes of a picture as the reference decoded it: a JPEG has its pixels beside it, because
     /// decoders differ by a few levels.
     pub fn image(&self, name: &str) -> Vec<u8> {

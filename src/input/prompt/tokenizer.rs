@@ -109,6 +109,33 @@ impl Tokenizer {
         text
     }
 
+    /// Makes `tokens` special; those that the vocabulary lacks are appended to it in this order.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] if one would have an id of `vocab_size` or more.
+    pub(super) fn add_special(&mut self, tokens: &[&str], vocab_size: usize) -> Result<()> {
+        for &text in tokens {
+            let token = AddedToken::from(text, true).normalized(false);
+            self.inner.add_special_tokens(std::slice::from_ref(&token));
+            match self.id(text).filter(|&id| (id as usize) < vocab_size) {
+                Some(id) => self.control.insert(id, token),
+                None => {
+                    let problem = format!(
+                        "lacks {text}, for which the model's embedding has no row, although its config.json asks for \
+                         it (mm_use_im_start_end); add the added_tokens.json that belongs to the model"
+                    );
+                    return Err(Error::Tokenizer { file: self.file.clone(), problem });
+                }
+            };
+        }
+        Ok(())
+    }
+
+    /// The id of a token.
+    pub(super) fn id(&self, token: &str) -> Option<u32> {
+        self.inner.token_to_id(token)
+    }
+
     /// The token `id` as the vocabulary spells it; `None` if there is no such id.
     pub fn token(&self, id: u32) -> Option<String> {
         self.inner.id_to_token(id)
@@ -253,7 +280,7 @@ fn trimmed(text: &str, span: Range<usize>) -> Range<usize> {
 }
 
 /// Whether `span` shares a byte with one of the sorted, disjoint `ranges`.
-fn overlaps(span: &Range<usize>, ranges: &[Range<usize>]) -> bool {
+pub(super) fn overlaps(span: &Range<usize>, ranges: &[Range<usize>]) -> bool {
     let next = ranges.partition_point(|range| range.end <= span.start);
     ranges.get(next).is_some_and(|range| range.start < span.end)
 }

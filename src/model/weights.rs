@@ -136,8 +136,7 @@ impl Weights {
         let more = other.tensors.into_iter().filter(taken);
         tensors.extend(more.map(|tensor| TensorInfo { file: tensor.file + first, ..tensor }));
         sources.extend(other.sources);
-        let layout = self.layout;
-        Ok(Weights { layout, ..Weights::new(self.origin, sources, tensors)? })
+        Weights::new(self.origin, sources, tensors)
     }
 
     /// Whether there is a tensor with this canonical name.

@@ -8,6 +8,7 @@
 mod expand;
 mod functions;
 mod message;
+mod sentencepiece;
 mod stop;
 mod stream;
 mod styles;

@@ -1,4 +1,5 @@
-//! `tokenizer.json`, exactly as written: text to ids, and the pieces that ids stand for.
+//! `tokenizer.json`, exactly as written, or `tokenizer.model`, rewritten as one: text to ids, and the pieces
+//! that ids stand for.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -11,6 +12,7 @@ use tokenizers::{
     Token,
 };
 
+use super::sentencepiece;
 use super::stream::{Decoder, TextStream};
 use crate::error::{Error, Result};
 use crate::folder::Folder;
@@ -30,7 +32,7 @@ pub struct Tokenizer {
 type AddedSpan = (Range<usize>, u32);
 
 impl Tokenizer {
-    /// Reads `tokenizer.json`. Nothing is rewritten (`legacy` flags of other files are not looked at);
+    /// Reads `tokenizer.json`, or `tokenizer.model` where there is none. Nothing is rewritten (`legacy` flags of other files are not looked at);
     /// truncation and padding are switched off, because a prompt is one sequence and must stay whole.
     /// `image_token` is the id of the model's image placeholder.
     ///
@@ -38,16 +40,8 @@ impl Tokenizer {
     /// [`Error::Tokenizer`] if the file is missing or malformed, makes ids of `vocab_size` or more,
     /// lacks the image token, or decodes in a way no LLaMA-family tokenizer does.
     pub fn load(folder: &Folder, vocab_size: usize, image_token: Option<u32>) -> Result<Self> {
-        const FILE: &str = "tokenizer.json";
-        let file = folder.path(FILE);
+        let (file, bytes) = read(folder)?;
         let error = |problem: String| Error::Tokenizer { file: file.clone(), problem };
-        let bytes = folder.read(FILE)?.ok_or_else(|| {
-            error(
-                "not found; a checkpoint needs its tokenizer.json (a tokenizer.model alone is not read: \
-                 load it with transformers' AutoTokenizer and save it again)"
-                    .into(),
-            )
-        })?;
         let malformed =
             |e: String| error(format!("expected a tokenizer as the `tokenizers` library writes it: {e}"));
         // Of a file that is cut off the library makes a panic, which is caught but not silent.
@@ -243,6 +237,21 @@ impl Tokenizer {
 
     fn library<T>(&self, work: impl FnOnce() -> tokenizers::Result<T>) -> Result<T> {
         guarded(work).map_err(|problem| Error::Tokenizer { file: self.file.clone(), problem })
+    }
+}
+
+/// A tokenizer's file and the JSON that it holds or means.
+fn read(folder: &Folder) -> Result<(PathBuf, Vec<u8>)> {
+    const FILE: &str = "tokenizer.json";
+    if let Some(bytes) = folder.read(FILE)? {
+        return Ok((folder.path(FILE), bytes));
+    }
+    match sentencepiece::as_json(folder)? {
+        Some(bytes) => Ok((folder.path("tokenizer.model"), bytes)),
+        None => Err(Error::Tokenizer {
+            file: folder.path(FILE),
+            problem: "not found, nor a tokenizer.model; a checkpoint needs one of them".into(),
+        }),
     }
 }
 

@@ -14,7 +14,7 @@ use tessera::runtime::{SessionOptions, Source, Want};
 
 /// Every case, and how many kinds of tensors it compares: a case that compares less than it holds is a
 /// defect of the test.
-const CASES: [(&str, usize); 11] = [
+const CASES: [(&str, usize); 15] = [
     ("a_llava15_new_bf16", 4),
     ("b_llava15_old_f16_sharded", 4),
     ("c_chat_on_a", 1),
@@ -26,6 +26,10 @@ const CASES: [(&str, usize); 11] = [
     ("feature_layer_positive", 4),
     ("text_mqa_bias_tied_llama3", 2),
     ("rope_linear_mixed_dtypes", 2),
+    ("e1_original_linear", 4),
+    ("e2_original_marks", 4),
+    ("e3_original_inside", 4),
+    ("e4_original_identity", 4),
 ];
 
 fn engine(case: &Case, backend: Arc<dyn Backend>) -> Engine {
@@ -86,6 +90,12 @@ fn check(cases: &[(&str, usize)], backend: &dyn Fn() -> Arc<dyn Backend>) {
             worst.compare("greedy_logits", &generated, &expected, request.logits_bound());
             if let Some(text) = &request.expected_text {
                 assert_eq!(&answer.text, text, "{name} {r}: text");
+            }
+            if let Some(question) = &request.question {
+                let chat = Request::ask(question, &ours.images).unwrap();
+                let prompt = engine.prompt(&chat.input, &ours.images).unwrap();
+                let expected = engine.prompt(&ours.input, &ours.images).unwrap();
+                assert_eq!(prompt, expected, "{name} {r}: the style of the model's name");
             }
         }
         println!("{name}: {worst}");

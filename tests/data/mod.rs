@@ -25,6 +25,8 @@ pub struct CaseRequest {
     pub max_new_tokens: usize,
     /// The decoded answer.
     pub expected_text: Option<String>,
+    /// What is asked, if the prompt is the style that the model's name tells.
+    pub question: Option<String>,
     /// How far the reference in f32 is from the same in f64.
     pub noise: f64,
 }
@@ -84,6 +86,7 @@ impl Case {
                 images: strings(&r["images"]),
                 max_new_tokens: r["sampling"]["max_new_tokens"].as_u64().unwrap() as usize,
                 expected_text: r["expected_text"].as_str().map(String::from),
+                question: r["question"].as_str().map(String::from),
                 noise: r["measured"]["logits_max_abs_diff_f32_vs_f64"].as_f64().unwrap_or(0.0),
             })
             .collect()

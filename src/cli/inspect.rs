@@ -1,17 +1,17 @@
 //! `tessera inspect`: what a checkpoint is, and what running it would do.
 
 use super::options::{ModelArgs, SessionArgs, format_size};
+use crate::backend::cpu::physical_memory;
 use crate::error::{Error, Result};
-use crate::graph::Executor;
+use crate::graph::{Graph, Plan};
 use crate::input::image::ImageMode;
 use crate::model::config::{ModelConfig, ProjectorConfig, Reference, SelectStrategy};
 use crate::model::weights::{TensorInfo, Weights};
 use crate::op::{Cost, KvExtent};
-use crate::runtime::{Model, Session};
+use crate::runtime::{LoadOptions, MemoryPlan, Model, SessionPlan};
 use crate::tensor::{Bindings, View};
 use clap::{Args, ValueEnum};
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
 /// Options of `tessera inspect`.
 #[derive(Debug, Args)]
@@ -45,50 +45,54 @@ enum GraphName {
 impl Inspect {
     pub fn run(self) -> Result<()> {
         let (source, load) = self.model.load_options()?;
-        let model = Arc::new(Model::load(&source, &load)?);
+        // Nothing is computed, so nothing is drawn or allocated: a model may be larger than the machine.
+        let model = Model::load(&source, &LoadOptions { preset_values: false, ..load })?;
         if self.tensors {
             return super::print(&tensor_list(model.weights()));
         }
-        let session = Session::new(model, self.session.session_options())?;
+        let plan = SessionPlan::new(&model, &self.session.session_options())?;
         super::print(&match self.graph {
-            Some(graph) => self.listing(&session, graph)?,
-            None => card(&session),
+            Some(graph) => self.listing(&model, &plan, graph)?,
+            None => card(&model, &plan.memory),
         })
     }
 
     /// The nodes of a graph under the row counts of a typical step.
-    fn listing(&self, session: &Session, graph: GraphName) -> Result<String> {
-        let (executor, bindings, kv) = match graph {
+    fn listing(&self, model: &Model, plan: &SessionPlan, graph: GraphName) -> Result<String> {
+        let max = plan.language.max;
+        match graph {
             GraphName::Vision => {
-                let vision = session.vision().ok_or_else(|| {
-                    Error::option("--graph", "prefill or decode, as this is a text model", "vision")
-                })?;
-                (vision, Bindings { images: 1, ..Bindings::default() }, KvExtent::default())
+                let (Some(vision), Some(plan)) = (model.vision(), &plan.vision) else {
+                    return Err(Error::option(
+                        "--graph",
+                        "prefill or decode, as this is a text model",
+                        "vision",
+                    ));
+                };
+                let one = Bindings { images: 1, ..Bindings::default() };
+                Ok(nodes(&vision.graph, plan, &one, KvExtent::default()))
             }
             GraphName::Prefill | GraphName::Decode => {
+                let (chunk, context) = (max.tokens, max.context);
                 let (past, tokens) = match graph {
-                    GraphName::Prefill => (0, self.tokens.unwrap_or(session.prefill_chunk())),
-                    _ => (self.tokens.unwrap_or(session.context() - 1), 1),
+                    GraphName::Prefill => (0, self.tokens.unwrap_or(chunk)),
+                    _ => (self.tokens.unwrap_or(context - 1), 1),
                 };
-                let (chunk, context) = (session.prefill_chunk(), session.context());
                 if tokens == 0 || tokens > chunk || past >= context {
                     let expected =
                         format!("1 to {chunk} rows of a prefill, or less than {context} positions");
                     return Err(Error::option("--tokens", expected, self.tokens.unwrap_or(tokens)));
                 }
-                let max = session.language().plan().max;
                 let entries = (past + tokens).div_ceil(crate::op::PAGE);
                 let bindings = Bindings { tokens, outputs: 1, images: 0, table_entries: entries, ..max };
-                (session.language(), bindings, KvExtent::of(past, tokens))
+                Ok(nodes(model.language(), &plan.language, &bindings, KvExtent::of(past, tokens)))
             }
-        };
-        Ok(nodes(executor, &bindings, kv))
+        }
     }
 }
 
 /// One line a node.
-fn nodes(executor: &Executor, bindings: &Bindings, kv: KvExtent) -> String {
-    let (graph, plan) = (executor.graph(), executor.plan());
+fn nodes(graph: &Graph, plan: &Plan, bindings: &Bindings, kv: KvExtent) -> String {
     let mut text = format!(
         "{:<34} {:<14} {:<24} {:<16} {:>10} {:>12} {:>12}\n",
         "node", "op", "operands", "result", "MFLOP", "bytes", "arena offset"
@@ -130,8 +134,7 @@ fn nodes(executor: &Executor, bindings: &Bindings, kv: KvExtent) -> String {
 }
 
 /// The model card.
-fn card(session: &Session) -> String {
-    let model = session.model();
+fn card(model: &Model, plan: &MemoryPlan) -> String {
     let config = model.config();
     let mut lines: Vec<(&str, String)> =
         vec![("model", model.name().into()), ("layout", model.weights().layout().to_string())];
@@ -161,7 +164,6 @@ fn card(session: &Session) -> String {
     lines.push(("end of text", format!("{:?}", model.eos_token_ids())));
     lines.push(("chat template", model.prompter().template().name().into()));
     lines.push(("device", model.backend().describe()));
-    let plan = session.memory();
     lines.push((
         "memory plan",
         format!(
@@ -175,6 +177,9 @@ fn card(session: &Session) -> String {
             format_size(plan.total()),
         ),
     ));
+    let available = physical_memory();
+    let fits = if plan.check(available).is_ok() { "enough" } else { "too small: `run` will refuse" };
+    lines.push(("machine", format!("{} of memory, {fits}", format_size(available))));
     lines.push((
         "row results",
         "the same bits in any batch, chunk, page layout and thread count, on every instruction set".into(),

@@ -108,6 +108,9 @@ pub struct LoadOptions {
     pub reference: Option<Reference>,
     /// The dtype of a preset's weights.
     pub preset_dtype: DType,
+    /// Whether a preset's weights are drawn. Without, they are zero and take no memory, so that a model
+    /// larger than the machine can be described.
+    pub preset_values: bool,
     /// The seed of a preset's weights.
     pub preset_seed: u64,
     /// Told how many bytes of a preset's weights are made, and how many there will be.
@@ -134,6 +137,7 @@ impl Default for LoadOptions {
             image_mode: None,
             reference: None,
             preset_dtype: DType::F16,
+            preset_values: true,
             preset_seed: 0,
             progress: None,
         }
@@ -293,6 +297,9 @@ impl Model {
 
 /// Random weights, unless they are more than the machine's memory.
 fn preset_weights(preset: &Preset, options: &LoadOptions) -> Result<Weights> {
+    if !options.preset_values {
+        return preset.blank_weights(options.preset_dtype);
+    }
     let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
     let total = preset.bytes(options.preset_dtype)?;
     let available = physical_memory();

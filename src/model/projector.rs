@@ -27,7 +27,7 @@ pub fn projector(
             operands.push(weights.vector(&format!("projector.{name}.bias"), rows)?);
         }
         let act = if layer == config.layers { Activation::None } else { Activation::GeluErf };
-        x = b.push(&name, Op::Linear { act, bias, residual: false }, &[x], &operands)?;
+        x = b.push(&name, Op::Linear { act, bias, residual: false, wide: false }, &[x], &operands)?;
     }
     Ok(x)
 }

@@ -6,7 +6,7 @@ use crate::error::{Error, Result};
 use crate::graph::Plan;
 use crate::model::config::TextConfig;
 use crate::op::PAGE;
-use crate::tensor::Bindings;
+use crate::tensor::{Bindings, DType};
 
 /// How large a session is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -100,15 +100,15 @@ impl SessionPlan {
     /// [`Error::Option`] for an option out of range.
     pub fn new(model: &Model, options: &SessionOptions) -> Result<Self> {
         let config = &model.config().text;
-        let max = limits(config, options)?;
         let backend = &**model.backend();
+        let max = limits(config, options, backend.dtype())?;
         let language = Plan::new(model.language(), backend, max);
         let one_image = Bindings { images: 1, ..Bindings::default() };
         let vision = model.vision().map(|v| Plan::new(&v.graph, backend, one_image));
         let arena = language.bytes.max(vision.as_ref().map_or(0, |plan| plan.bytes));
         let memory = MemoryPlan {
             weights: model.weight_bytes(),
-            kv: (max.pages * page_bytes(config)) as u64,
+            kv: (max.pages * page_bytes(config, backend.dtype())) as u64,
             arena: arena as u64,
             pages: max.pages,
             context: max.context,
@@ -117,8 +117,9 @@ impl SessionPlan {
     }
 }
 
-/// The largest step of a session.
-fn limits(config: &TextConfig, options: &SessionOptions) -> Result<Bindings> {
+/// The largest step of a session whose KV cache is of `dtype`.
+fn limits(config: &TextConfig, options: &SessionOptions, dtype: DType) -> Result<Bindings> {
+    let page_bytes = page_bytes(config, dtype);
     let context = options.context.unwrap_or(config.max_positions.min(DEFAULT_CONTEXT));
     if context == 0 || context > config.max_positions {
         let expected = format!("1 to {}, the positions the model was made for", config.max_positions);
@@ -133,17 +134,19 @@ fn limits(config: &TextConfig, options: &SessionOptions) -> Result<Bindings> {
     }
     let pages = match options.kv_memory {
         None => context.div_ceil(PAGE),
-        Some(bytes) => usize::try_from(bytes).unwrap_or(usize::MAX) / page_bytes(config),
+        Some(bytes) => usize::try_from(bytes).unwrap_or(usize::MAX) / page_bytes,
     };
     if pages == 0 {
-        let expected = format!("at least one page of {PAGE} positions, {} bytes", page_bytes(config));
+        let expected = format!("at least one page of {PAGE} positions, {page_bytes} bytes");
         return Err(Error::option("--kv-memory", expected, options.kv_memory.unwrap_or(0)));
     }
     let pages = pages.min(MAX_PAGES);
     let tokens = options.prefill_chunk.min(context).max(options.max_sequences);
     Ok(Bindings {
         tokens,
+        decode: 0,
         outputs: if options.all_logits { tokens } else { options.max_sequences },
+        decode_outputs: 0,
         images: 0,
         // No sequence is longer than the context, however large the pool is.
         table_entries: options.max_sequences * context.div_ceil(PAGE),

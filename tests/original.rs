@@ -3,6 +3,8 @@
 
 mod spoilt;
 
+use proptest::prelude::*;
+use proptest::sample::Index;
 use serde_json::{Value, json};
 use spoilt::Checkpoint;
 use std::fs;
@@ -70,7 +72,7 @@ fn published_configs_mean_what_the_original_code_makes_of_them() {
     let others = parse(json!({
         "mm_projector_type": "mlp3x_gelu", "mm_vision_select_feature": "cls_patch", "mm_vision_select_layer": -1,
         "mm_use_im_start_end": true, "architectures": ["LlavaMistralForCausalLM"], "model_type": "llava_mistral",
-        "sliding_window": null, "num_key_value_heads": null,
+        "sliding_window": null, "num_key_value_heads": 8,
     }))
     .unwrap();
     assert_eq!((others.projector.as_ref().unwrap().layers, others.feature_layers.as_slice()), (3, &[24][..]));
@@ -109,6 +111,34 @@ fn what_the_original_code_refuses_is_named() {
     }
 }
 
+fn any_value() -> impl Strategy<Value = Value> {
+    prop_oneof![
+        Just(Value::Null),
+        any::<bool>().prop_map(Value::from),
+        any::<i64>().prop_map(Value::from),
+        (-30i64..30).prop_map(Value::from),
+        any::<f64>().prop_map(Value::from),
+        "mlp[0-9]{1,9}x_gelu|linear|identity|pad|square|patch|openai/clip-vit-base-patch(16|32)|../[a-z]/|\\PC{0,8}"
+            .prop_map(Value::from),
+        Just(json!([1, "x"])),
+        Just(json!({ "a": 1 })),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(500))]
+
+    #[test]
+    fn configs_with_other_values_never_panic(changes in prop::collection::vec((any::<Index>(), any_value()), 1..5)) {
+        let keys: Vec<String> = llava_15().as_object().unwrap().keys().cloned().collect();
+        let changes: serde_json::Map<_, _> =
+            changes.into_iter().map(|(at, value)| (keys[at.index(keys.len())].clone(), value)).collect();
+        if let Ok(config) = parse(Value::Object(changes)) {
+            prop_assert!(config.image_tokens() < 1 << 15);
+        }
+    }
+}
+
 /// Families that cannot be run: what they are, and what can.
 #[test]
 fn other_families_are_named() {
@@ -118,14 +148,14 @@ fn other_families_are_named() {
             json!({"model_type": "blip-2", "architectures": ["Blip2ForConditionalGeneration"]}),
             ["BLIP-2", "Q-former"],
         ),
-        (json!({"model_type": "qwen", "architectures": ["QWenLMHeadModel"]}), ["Qwen", "`qwen`"]),
+        (json!({"model_type": "qwen", "architectures": ["QWenLMHeadModel"]}), ["(Qwen)", "\"qwen\""]),
         (json!({"model_type": "qwen2_vl"}), ["Qwen2-VL", "tower of its own"]),
         (json!({"model_type": "llava_onevision"}), ["LLaVA-OneVision", "SigLIP"]),
         (json!({"model_type": "mllama"}), ["Llama 3.2 Vision", "cross-attention"]),
         (json!({"model_type": "phi3_v", "architectures": ["Phi3VForCausalLM"]}), ["Phi-3-Vision", "phi3_v"]),
         (
             json!({"model_type": "llava_mpt", "architectures": ["LlavaMptForCausalLM"]}),
-            ["LLaVA over MPT", "LlavaMpt"],
+            ["LLaVA over MPT", "llava_mpt"],
         ),
         (
             json!({"model_type": "llava_qwen", "architectures": ["LlavaQwenForCausalLM"]}),

@@ -164,3 +164,29 @@ const MAX_SEQUENCES: usize = 4096;
 
 /// Slots are i32.
 const MAX_PAGES: usize = i32::MAX as usize / PAGE;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_plan_that_does_not_fit_is_refused_with_its_numbers() {
+        // LLaVA-1.5-13B with a cache of f32 and a context of 4096.
+        let plan = MemoryPlan {
+            weights: 26_677_602_304,
+            kv: 6_710_886_400,
+            arena: 300 << 20,
+            pages: 256,
+            context: 4096,
+        };
+        assert!(plan.check(plan.total()).is_ok() && plan.check(0).is_ok());
+        for (available, remedy) in [(plan.total() - 1, "lower --context"), (24 << 30, "a smaller model")] {
+            let error = plan.check(available).unwrap_err().to_string();
+            let needed = plan.total().to_string();
+            for part in ["26677602304", "6710886400", "context 4096", &needed, &available.to_string(), remedy]
+            {
+                assert!(error.contains(part), "{part}: {error}");
+            }
+        }
+    }
+}

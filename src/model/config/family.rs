@@ -94,9 +94,12 @@ impl Family {
                 return Ok(family);
             }
         }
-        let class_is_ours =
-            architecture.is_none_or(|found| FAMILIES.iter().any(|(class, ..)| *class == found));
-        let key = if class_is_ours { "model_type" } else { "architectures" };
+        // What is wrong is the class, if the type is one of these families'.
+        let ours = |kind| kind == MISTRAL.1 || FAMILIES.iter().any(|(_, types, _)| types.contains(&kind));
+        let key = match (architecture, model_type.is_none_or(ours)) {
+            (Some(_), true) => "architectures",
+            _ => "model_type",
+        };
         let what = architecture.and_then(describe).or_else(|| model_type.and_then(describe));
         Err(root.error(key, SUPPORTED).with_found(what))
     }

@@ -11,7 +11,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use tessera::model::checkpoint::LoadMode;
 use tessera::model::weights::Weights;
-use torch_file::{Saved, save, zip};
+use torch_file::{Saved, save, zip, zip_64};
 
 fn data(file: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/torch").join(file)
@@ -157,6 +157,22 @@ fn programs_that_are_no_dictionary_are_refused() {
     ] {
         let error = with_pickle(&pickle).unwrap_err();
         assert!(error.contains(part), "{error}");
+    }
+}
+
+/// Files of 4 GiB and more: the same tensors, and numbers of 64 bits that lie are found out.
+#[test]
+fn wide_archives_are_read() {
+    let pickle = tensor("K\x01", "K\x03\u{85}", "K\x01\u{85}").latin();
+    let entries: [(&str, &[u8]); 2] = [("a/data.pkl", &pickle), ("a/data/0", &[7; 16])];
+    let [narrow, wide] = [zip(&entries), zip_64(&entries)];
+    assert_eq!(contents(&open(&wide).unwrap()), contents(&open(&narrow).unwrap()));
+    for at in (0..wide.len()).rev().take(260) {
+        for byte in [0, 1, 0x7F, 0xFF] {
+            let mut file = wide.clone();
+            file[at] = byte;
+            survives(&file);
+        }
     }
 }
 

@@ -308,7 +308,7 @@ fn preset_weights(preset: &Preset, options: &LoadOptions) -> Result<Weights> {
             what: format!("the weights of preset:{}", preset.name),
             needed: total,
             available,
-            remedy: "; a checkpoint directory is mapped and needs less, see `tessera synth`".into(),
+            remedy: "; `tessera inspect` describes it without making it".into(),
         });
     }
     let progress = |done| options.progress.iter().for_each(|p| p.0(done, total));

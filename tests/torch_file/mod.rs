@@ -21,33 +21,63 @@ pub fn save(tensors: &[Saved]) -> Vec<u8> {
 
 /// An archive of entries stored as they are.
 pub fn zip(entries: &[(&str, &[u8])]) -> Vec<u8> {
+    archive(entries, false)
+}
+
+/// The same with the fields of 64 bits that archives of 4 GiB and more have.
+pub fn zip_64(entries: &[(&str, &[u8])]) -> Vec<u8> {
+    archive(entries, true)
+}
+
+fn archive(entries: &[(&str, &[u8])], wide: bool) -> Vec<u8> {
     let (mut file, mut directory) = (Vec::new(), Vec::new());
-    for (name, bytes) in entries {
-        let offset = file.len() as u32;
-        let (length, name_length) = (bytes.len() as u32, name.len() as u16);
-        // Version, flags, method, time, date, CRC (not looked at), two sizes, two lengths.
-        let mut common = vec![0u8; 14];
-        for number in [length, length] {
-            common.extend(number.to_le_bytes());
+    // A number that does not fit, or is not to, stands in a field of its own.
+    let narrow = |number: usize| if wide { u32::MAX } else { number as u32 }.to_le_bytes();
+    let extra = |numbers: &[usize]| {
+        let mut field = Vec::new();
+        if wide {
+            field.extend([1, 0, 8 * numbers.len() as u8, 0]);
+            numbers.iter().for_each(|&number| field.extend((number as u64).to_le_bytes()));
         }
-        common.extend(name_length.to_le_bytes());
-        common.extend([0, 0]);
+        field
+    };
+    for (name, bytes) in entries {
+        let (offset, length) = (file.len(), bytes.len());
+        // Version, flags, method, time, date, CRC (not looked at), two sizes, length of the name.
+        let mut common = vec![0u8; 14];
+        common.extend(narrow(length).repeat(2));
+        common.extend((name.len() as u16).to_le_bytes());
+        let [here, there] = [extra(&[length, length]), extra(&[length, length, offset])];
         file.extend(b"PK\x03\x04");
         file.extend(&common);
+        file.extend([here.len() as u8, 0]);
         file.extend(name.as_bytes());
+        file.extend(here);
         file.extend(*bytes);
         directory.extend(b"PK\x01\x02\0\0");
         directory.extend(&common);
+        directory.extend([there.len() as u8, 0]);
         directory.extend([0; 10]);
-        directory.extend(offset.to_le_bytes());
+        directory.extend(narrow(offset));
         directory.extend(name.as_bytes());
+        directory.extend(there);
     }
-    let start = file.len() as u32;
+    let start = file.len();
     file.extend(&directory);
+    let end = file.len();
+    if wide {
+        file.extend(b"PK\x06\x06");
+        file.extend([0; 36]);
+        file.extend((directory.len() as u64).to_le_bytes());
+        file.extend((start as u64).to_le_bytes());
+        file.extend(b"PK\x06\x07\0\0\0\0");
+        file.extend((end as u64).to_le_bytes());
+        file.extend([1, 0, 0, 0]);
+    }
     file.extend(b"PK\x05\x06\0\0\0\0");
     file.extend((entries.len() as u16).to_le_bytes().repeat(2));
-    file.extend((directory.len() as u32).to_le_bytes());
-    file.extend(start.to_le_bytes());
+    file.extend(narrow(directory.len()));
+    file.extend(narrow(start));
     file.extend([0, 0]);
     file
 }

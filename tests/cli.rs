@@ -230,6 +230,56 @@ fn inspect_describes_models_and_graphs() {
     assert!(!text.contains("vision tower"), "{text}");
 }
 
+/// Larger than this machine or not: nothing is drawn, read or allocated to describe it.
+#[test]
+fn inspect_describes_models_larger_than_the_machine() {
+    let card = stdout(&tessera(&["inspect", "--model", "preset:llava-1.5-13b"]));
+    for word in
+        ["40 layers, width 5120", "23 of 24 blocks", "memory plan", "weights 24.8", "KV cache", "machine"]
+    {
+        assert!(card.contains(word), "{word}: {card}");
+    }
+    let text = stdout(&tessera(&["inspect", "--model", "preset:llava-1.5-13b", "--graph", "decode"]));
+    assert!(text.contains("nodes,") && text.contains("GFLOP"), "{text}");
+}
+
+#[test]
+fn an_original_checkpoint_runs_and_is_described() {
+    let model = data("e1_original_linear/llava-v1.5-tiny");
+    let card = stdout(&tessera(&["inspect", "--model", &model]));
+    for word in [
+        "original LLaVA, linear projector",
+        "e1_original_linear/vision_tower",
+        "16 -> 32, linear",
+        "EXIF rotation ignored",
+        "tokenised piece by piece",
+        "penalty counts the answer",
+        "pad: put on a square",
+        "llava_v1",
+    ] {
+        assert!(card.contains(word), "{word}: {card}");
+    }
+    let card =
+        stdout(&tessera(&["inspect", "--model", &model, "--reference", "transformers", "--template", "v0"]));
+    assert!(
+        card.contains("EXIF rotation applied") && card.contains("crop:") && card.contains("llava_v0"),
+        "{card}"
+    );
+    let image = data("e1_original_linear/images/wide.png");
+    let tower = data("e1_original_linear/vision_tower");
+    let args =
+        ["run", "--model", &model, "--vision-tower", &tower, "--image", &image, "--prompt", "What is it?"];
+    let case: Value =
+        serde_json::from_slice(&std::fs::read(data("e1_original_linear/case.json")).unwrap()).unwrap();
+    let answer = stdout(&tessera(&[&args[..], &["--max-tokens", "12", "--quiet"]].concat()));
+    assert_eq!(answer.trim_end_matches('\n'), case["requests"][0]["expected_text"].as_str().unwrap());
+    let output = tessera(&["preprocess", "--model", &model, "--image", &image]);
+    assert!(stdout(&output).contains("(44x25 -> 3x28x28)"));
+    let output = tessera(&["run", "--model", &model, "--prompt", "x", "--vision-tower", &image]);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.code() == Some(2) && stderr.contains("--vision-tower"), "{stderr}");
+}
+
 #[test]
 fn preprocess_prints_a_hash_and_writes_pixels() {
     let dir = tempfile::tempdir().unwrap();

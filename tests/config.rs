@@ -196,8 +196,7 @@ fn a_value_that_cannot_be_used_is_named_with_its_key() {
         ),
         ("model_type", json!({ "model_type": null })),
         ("model_type", json!({ "model_type": 3 })),
-        ("architectures", json!({ "architectures": ["LlavaLlamaForCausalLM"] })),
-        ("architectures", json!({ "mm_vision_tower": "openai/clip-vit-large-patch14-336" })),
+        ("architectures", json!({ "architectures": ["LlavaMptForCausalLM"] })),
         ("architectures", json!({ "architectures": "LlavaForConditionalGeneration" })),
         (
             "architectures",

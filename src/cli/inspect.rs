@@ -1,17 +1,17 @@
 //! `tessera inspect`: what a checkpoint is, and what running it would do.
 
 use super::options::{ModelArgs, SessionArgs, format_size};
+use crate::backend::cpu::physical_memory;
 use crate::error::{Error, Result};
-use crate::graph::Executor;
+use crate::graph::{Graph, Plan};
 use crate::input::image::ImageMode;
-use crate::model::config::{ModelConfig, SelectStrategy};
+use crate::model::config::{ModelConfig, ProjectorConfig, Reference, SelectStrategy};
 use crate::model::weights::{TensorInfo, Weights};
 use crate::op::{Cost, KvExtent};
-use crate::runtime::{Model, Session};
+use crate::runtime::{LoadOptions, MemoryPlan, Model, SessionPlan};
 use crate::tensor::{Bindings, View};
 use clap::{Args, ValueEnum};
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
 /// Options of `tessera inspect`.
 #[derive(Debug, Args)]
@@ -45,50 +45,54 @@ enum GraphName {
 impl Inspect {
     pub fn run(self) -> Result<()> {
         let (source, load) = self.model.load_options()?;
-        let model = Arc::new(Model::load(&source, &load)?);
+        // Nothing is computed, so nothing is drawn or allocated: a model may be larger than the machine.
+        let model = Model::load(&source, &LoadOptions { preset_values: false, ..load })?;
         if self.tensors {
             return super::print(&tensor_list(model.weights()));
         }
-        let session = Session::new(model, self.session.session_options())?;
+        let plan = SessionPlan::new(&model, &self.session.session_options())?;
         super::print(&match self.graph {
-            Some(graph) => self.listing(&session, graph)?,
-            None => card(&session),
+            Some(graph) => self.listing(&model, &plan, graph)?,
+            None => card(&model, &plan.memory),
         })
     }
 
     /// The nodes of a graph under the row counts of a typical step.
-    fn listing(&self, session: &Session, graph: GraphName) -> Result<String> {
-        let (executor, bindings, kv) = match graph {
+    fn listing(&self, model: &Model, plan: &SessionPlan, graph: GraphName) -> Result<String> {
+        let max = plan.language.max;
+        match graph {
             GraphName::Vision => {
-                let vision = session.vision().ok_or_else(|| {
-                    Error::option("--graph", "prefill or decode, as this is a text model", "vision")
-                })?;
-                (vision, Bindings { images: 1, ..Bindings::default() }, KvExtent::default())
+                let (Some(vision), Some(plan)) = (model.vision(), &plan.vision) else {
+                    return Err(Error::option(
+                        "--graph",
+                        "prefill or decode, as this is a text model",
+                        "vision",
+                    ));
+                };
+                let one = Bindings { images: 1, ..Bindings::default() };
+                Ok(nodes(&vision.graph, plan, &one, KvExtent::default()))
             }
             GraphName::Prefill | GraphName::Decode => {
+                let (chunk, context) = (max.tokens, max.context);
                 let (past, tokens) = match graph {
-                    GraphName::Prefill => (0, self.tokens.unwrap_or(session.prefill_chunk())),
-                    _ => (self.tokens.unwrap_or(session.context() - 1), 1),
+                    GraphName::Prefill => (0, self.tokens.unwrap_or(chunk)),
+                    _ => (self.tokens.unwrap_or(context - 1), 1),
                 };
-                let (chunk, context) = (session.prefill_chunk(), session.context());
                 if tokens == 0 || tokens > chunk || past >= context {
                     let expected =
                         format!("1 to {chunk} rows of a prefill, or less than {context} positions");
                     return Err(Error::option("--tokens", expected, self.tokens.unwrap_or(tokens)));
                 }
-                let max = session.language().plan().max;
                 let entries = (past + tokens).div_ceil(crate::op::PAGE);
                 let bindings = Bindings { tokens, outputs: 1, images: 0, table_entries: entries, ..max };
-                (session.language(), bindings, KvExtent::of(past, tokens))
+                Ok(nodes(model.language(), &plan.language, &bindings, KvExtent::of(past, tokens)))
             }
-        };
-        Ok(nodes(executor, &bindings, kv))
+        }
     }
 }
 
 /// One line a node.
-fn nodes(executor: &Executor, bindings: &Bindings, kv: KvExtent) -> String {
-    let (graph, plan) = (executor.graph(), executor.plan());
+fn nodes(graph: &Graph, plan: &Plan, bindings: &Bindings, kv: KvExtent) -> String {
     let mut text = format!(
         "{:<34} {:<14} {:<24} {:<16} {:>10} {:>12} {:>12}\n",
         "node", "op", "operands", "result", "MFLOP", "bytes", "arena offset"
@@ -130,8 +134,7 @@ fn nodes(executor: &Executor, bindings: &Bindings, kv: KvExtent) -> String {
 }
 
 /// The model card.
-fn card(session: &Session) -> String {
-    let model = session.model();
+fn card(model: &Model, plan: &MemoryPlan) -> String {
     let config = model.config();
     let mut lines: Vec<(&str, String)> =
         vec![("model", model.name().into()), ("layout", model.weights().layout().to_string())];
@@ -161,7 +164,6 @@ fn card(session: &Session) -> String {
     lines.push(("end of text", format!("{:?}", model.eos_token_ids())));
     lines.push(("chat template", model.prompter().template().name().into()));
     lines.push(("device", model.backend().describe()));
-    let plan = session.memory();
     lines.push((
         "memory plan",
         format!(
@@ -175,6 +177,9 @@ fn card(session: &Session) -> String {
             format_size(plan.total()),
         ),
     ));
+    let available = physical_memory();
+    let fits = if plan.check(available).is_ok() { "enough" } else { "too small: `run` will refuse" };
+    lines.push(("machine", format!("{} of memory, {fits}", format_size(available))));
     lines.push((
         "row results",
         "the same bits in any batch, chunk, page layout and thread count, on every instruction set".into(),
@@ -196,11 +201,13 @@ fn vision_lines(model: &Model, config: &ModelConfig) -> Vec<(&'static str, Strin
         ImageMode::Crop => "crop: the shorter side is resized, the longer one cut",
         ImageMode::Pad => "pad: put on a square of the mean colour",
     });
+    let apart =
+        model.tower_folder().map_or(String::new(), |folder| format!(" of {}", folder.path("").display()));
     vec![
         (
             "vision tower",
             format!(
-                "CLIP, {} of {} blocks run, width {}, {} heads of {}, MLP {}, {}x{} pixels in patches of {}",
+                "CLIP{apart}, {} of {} blocks run, width {}, {} heads of {}, MLP {}, {}x{} pixels in patches of {}",
                 blocks,
                 v.num_layers,
                 v.hidden_size,
@@ -220,10 +227,34 @@ fn vision_lines(model: &Model, config: &ModelConfig) -> Vec<(&'static str, Strin
                 config.image_tokens()
             ),
         ),
-        ("projector", format!("{} -> {} -> {}, exact GELU", p.input_size, p.hidden_size, p.hidden_size)),
+        ("projector", projector_line(p)),
+        ("rules", reference_line(model)),
         ("image mode", mode.unwrap_or("none").into()),
-        ("EXIF rotation", "applied, as by Hugging Face's loader".into()),
     ]
+}
+
+/// The widths between linear layers.
+fn projector_line(projector: &ProjectorConfig) -> String {
+    let widths: Vec<_> = projector.inputs().chain([projector.hidden_size]).map(|n| n.to_string()).collect();
+    match projector.layers {
+        0 => "none (identity)".into(),
+        1 => format!("{}, linear", widths.join(" -> ")),
+        _ => format!("{}, exact GELU", widths.join(" -> ")),
+    }
+}
+
+/// What is done where transformers and the original code differ.
+fn reference_line(model: &Model) -> String {
+    let whose = match model.reference() {
+        Reference::Transformers => "transformers",
+        Reference::Original => "original LLaVA",
+    };
+    let exif = if model.decode_options().exif_orientation { "applied" } else { "ignored" };
+    let text = if model.prompter().cuts_at_pictures() { "piece by piece" } else { "as a whole" };
+    let penalty = if model.penalises_prompt() { "prompt and answer" } else { "the answer" };
+    format!(
+        "{whose}: EXIF rotation {exif}, text beside a picture tokenised {text}, repetition penalty counts {penalty}"
+    )
 }
 
 /// Tensors with the layer number left out: one line for all layers.

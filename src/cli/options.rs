@@ -4,9 +4,12 @@ use super::progress;
 use crate::error::{Error, Result};
 use crate::input::image::ImageMode;
 use crate::model::checkpoint::LoadMode;
+use crate::model::config::Reference;
+use crate::model::parts::TowerSearch;
 use crate::runtime::{LoadOptions, Sampling, SessionOptions, Source};
 use crate::tensor::DType;
 use clap::{Args, ValueEnum};
+use std::path::PathBuf;
 
 /// Which model, and how it is loaded.
 #[derive(Debug, Args)]
@@ -23,15 +26,30 @@ pub struct ModelArgs {
     /// Map weight files, or read them (for files that may change meanwhile)
     #[arg(long, value_enum, default_value_t = Load::Mmap)]
     pub load_mode: Load,
-    /// A chat template by name (`vicuna`) or file, instead of the checkpoint's
+    /// A conversation style (vicuna, v1, llava_v1, llava_v0, llava_llama_2, mistral_instruct, chatml_direct,
+    /// mpt, plain) or a Jinja file, instead of the checkpoint's
     #[arg(long, value_name = "NAME|FILE")]
     pub template: Option<String>,
-    /// What happens to pictures that are not square [auto: as the checkpoint says]
-    #[arg(long, value_enum, default_value_t = Mode::Auto)]
-    pub image_mode: Mode,
+    #[command(flatten)]
+    pub pictures: PictureArgs,
     /// The dtype of a preset's weights [auto: f16]; a checkpoint's weights are used as stored
     #[arg(long, value_enum, default_value_t = Dtype::Auto)]
     pub dtype: Dtype,
+}
+
+/// How pictures are read, and by whose rules.
+#[derive(Debug, Args)]
+pub struct PictureArgs {
+    /// What happens to pictures that are not square [auto: as the checkpoint says]
+    #[arg(long, value_enum, default_value_t = Mode::Auto)]
+    pub image_mode: Mode,
+    /// The vision tower of an original LLaVA [default: found beside the model or in the Hugging Face cache]
+    #[arg(long, value_name = "DIR")]
+    pub vision_tower: Option<PathBuf>,
+    /// Whose rules hold where programs differ: EXIF, pad or crop, text beside pictures, what a repetition
+    /// penalty counts [auto: those the checkpoint was made for]
+    #[arg(long, value_enum, default_value_t = Rules::Auto)]
+    pub reference: Rules,
 }
 
 /// How large a session is.
@@ -100,6 +118,17 @@ pub enum Mode {
     Pad,
 }
 
+/// `--reference`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Rules {
+    /// As the checkpoint's layout says.
+    Auto,
+    /// Hugging Face's.
+    Transformers,
+    /// Those of the code LLaVA was published with.
+    Original,
+}
+
 /// `--dtype`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Dtype {
@@ -136,22 +165,42 @@ impl ModelArgs {
             },
             threads: self.threads.map(usize::from),
             template: self.template.clone(),
-            image_mode: self.image_mode(),
             preset_dtype: self.dtype.weights(),
             progress: Some(progress::making_weights()),
             ..LoadOptions::default()
         };
-        Ok((source, options))
+        Ok((source, self.pictures.apply(options)))
     }
+}
 
-    /// The mode asked for, if not the checkpoint's.
-    pub fn image_mode(&self) -> Option<ImageMode> {
-        match self.image_mode {
-            Mode::Auto => None,
-            Mode::Crop => Some(ImageMode::Crop),
-            Mode::Pad => Some(ImageMode::Pad),
+impl PictureArgs {
+    /// `options` with what is asked for here.
+    pub fn apply(&self, options: LoadOptions) -> LoadOptions {
+        LoadOptions {
+            image_mode: match self.image_mode {
+                Mode::Auto => None,
+                Mode::Crop => Some(ImageMode::Crop),
+                Mode::Pad => Some(ImageMode::Pad),
+            },
+            reference: match self.reference {
+                Rules::Auto => None,
+                Rules::Transformers => Some(Reference::Transformers),
+                Rules::Original => Some(Reference::Original),
+            },
+            tower: TowerSearch { given: self.vision_tower.clone(), hub_cache: hub_cache() },
+            ..options
         }
     }
+}
+
+/// Where `huggingface-cli download` puts what it downloads.
+fn hub_cache() -> Option<PathBuf> {
+    let dir = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let home = || {
+        let cache = dir("XDG_CACHE_HOME").or_else(|| Some(dir("HOME")?.join(".cache")))?;
+        Some(cache.join("huggingface"))
+    };
+    dir("HF_HUB_CACHE").or_else(|| Some(dir("HF_HOME").or_else(home)?.join("hub")))
 }
 
 impl SessionArgs {

@@ -1,11 +1,10 @@
 //! `tessera preprocess`: the pixels that the vision tower would see, and their hash.
 
 use super::dump;
-use super::options::Mode;
+use super::options::PictureArgs;
 use crate::error::Result;
-use crate::input::image::{self, DecodeOptions, ImageMode, pixels_sha256};
-use crate::runtime::Source;
-use crate::runtime::model;
+use crate::input::image::{self, pixels_sha256};
+use crate::runtime::{LoadOptions, Source, model};
 use clap::Args;
 use serde_json::json;
 use std::path::PathBuf;
@@ -19,9 +18,8 @@ pub struct Preprocess {
     /// A picture; may be given several times
     #[arg(long, value_name = "FILE", required = true)]
     image: Vec<PathBuf>,
-    /// What happens to pictures that are not square [auto: as the checkpoint says]
-    #[arg(long, value_enum, default_value_t = Mode::Auto)]
-    image_mode: Mode,
+    #[command(flatten)]
+    pictures: PictureArgs,
     /// Write `pixel_values` [n,3,S,S] f32 to a safetensors file
     #[arg(long, value_name = "FILE.safetensors")]
     out: Option<PathBuf>,
@@ -32,17 +30,13 @@ pub struct Preprocess {
 
 impl Preprocess {
     pub fn run(self) -> Result<()> {
-        let mut processor = model::load_preprocess(&Source::parse(&self.model)?)?;
-        match self.image_mode {
-            Mode::Auto => {}
-            Mode::Crop => processor.mode = ImageMode::Crop,
-            Mode::Pad => processor.mode = ImageMode::Pad,
-        }
+        let options = self.pictures.apply(LoadOptions::default());
+        let (decode, processor) = model::load_preprocess(&Source::parse(&self.model)?, &options)?;
         let side = processor.side();
         let mut all = Vec::with_capacity(self.image.len());
         for path in &self.image {
             let name = path.display().to_string();
-            let picture = image::decode(&name, &super::read(path)?, &DecodeOptions::default())?;
+            let picture = image::decode(&name, &super::read(path)?, &decode)?;
             let mut pixels = vec![0f32; 3 * side * side];
             processor.pixels(&picture, &mut pixels)?;
             let hash = pixels_sha256(&pixels);

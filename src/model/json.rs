@@ -40,6 +40,16 @@ impl<'a> Section<'a> {
         Section { file, prefix: "", map }
     }
 
+    /// A part of `file` that is not as it stands there; `prefix` is put before its keys in errors.
+    pub fn part(file: &'a Path, prefix: &'static str, map: &'a Map<String, Value>) -> Self {
+        Section { file, prefix, map }
+    }
+
+    /// Another object of the same file.
+    pub fn other(&self, map: &'a Map<String, Value>) -> Self {
+        Section { file: self.file, prefix: "", map }
+    }
+
     /// The object under `key`, whose keys are reported behind `prefix` (`key` with a dot).
     pub fn child(&self, key: &str, prefix: &'static str) -> Result<Option<Section<'a>>> {
         match self.get(key) {
@@ -47,6 +57,11 @@ impl<'a> Section<'a> {
             Some(Value::Object(map)) => Ok(Some(Section { file: self.file, prefix, map })),
             Some(_) => Err(self.error(key, "an object")),
         }
+    }
+
+    /// All keys with their values, copied.
+    pub fn entries(&self) -> impl Iterator<Item = (String, Value)> + use<'a> {
+        self.map.iter().map(|(key, value)| (key.clone(), value.clone()))
     }
 
     /// The value under `key`, unless it is absent or null.

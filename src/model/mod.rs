@@ -9,6 +9,7 @@ pub mod json;
 pub mod llama;
 pub mod llava;
 pub mod names;
+pub mod parts;
 pub mod preset;
 pub mod projector;
 pub mod random;

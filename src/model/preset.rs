@@ -5,12 +5,12 @@
 //! into every vocabulary here, and so the image token has its id, 4, and not 32000 as in LLaVA-1.5.
 
 use super::config::ModelConfig;
-use super::names::{self, Layout};
+use super::names::{self, Layout, TensorSpec};
 use super::random::{self, Generator, Job, Progress};
 use super::weights::{Source, TensorInfo, Weights};
 use crate::error::{Error, Result};
 use crate::tensor::{DType, Storage};
-use memmap2::MmapMut;
+use memmap2::{MmapMut, MmapOptions};
 use serde_json::{Map, Value, json};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -173,24 +173,8 @@ impl Preset {
     /// made so far. The pages are not reserved: that [`Preset::bytes`] fit in memory is for the caller
     /// to see to.
     pub fn weights(&self, dtype: DType, seed: u64, threads: usize, progress: Progress) -> Result<Weights> {
-        let specs = names::tensors(&self.config(dtype)?);
-        let mut tensors = Vec::with_capacity(specs.len());
-        let mut end = 0;
-        for spec in &specs {
-            let bytes = spec.elements() * dtype.size();
-            tensors.push(TensorInfo {
-                name: self.layout().spell(&spec.name),
-                dtype: TensorInfo::dtype_name(dtype).into(),
-                shape: spec.shape.clone(),
-                offset: end,
-                bytes,
-                file: 0,
-            });
-            end += bytes;
-        }
-        // Ordinary pages, as a mapped file has them. Huge ones, made from memory full of
-        // page cache, took twice the system time of these.
-        let mut map = MmapMut::map_anon(end).map_err(|source| Error::io(self.origin(), source))?;
+        let (specs, tensors) = self.tensors(dtype)?;
+        let mut map = self.pages(&tensors)?;
         let mut rest = &mut map[..];
         let jobs = specs.iter().zip(&tensors).map(|(spec, tensor)| {
             let (bytes, tail) = std::mem::take(&mut rest).split_at_mut(tensor.bytes);
@@ -198,6 +182,45 @@ impl Preset {
             Job { generator: Generator::new(spec, dtype, seed), first: 0, bytes }
         });
         random::fill(jobs, threads, progress);
+        self.over(map, tensors)
+    }
+
+    /// The same tensors, all zero, on pages that nobody has written and that so take no memory: enough to
+    /// plan with a model that is larger than the machine.
+    pub fn blank_weights(&self, dtype: DType) -> Result<Weights> {
+        let (_, tensors) = self.tensors(dtype)?;
+        self.over(self.pages(&tensors)?, tensors)
+    }
+
+    /// What tensors there are, and where each lies.
+    fn tensors(&self, dtype: DType) -> Result<(Vec<TensorSpec>, Vec<TensorInfo>)> {
+        let specs = names::tensors(&self.config(dtype)?);
+        let mut end = 0;
+        let info = |spec: &TensorSpec| {
+            let (offset, bytes) = (end, spec.elements() * dtype.size());
+            end += bytes;
+            TensorInfo {
+                name: self.layout().spell(&spec.name),
+                dtype: TensorInfo::dtype_name(dtype).into(),
+                shape: spec.shape.clone(),
+                offset,
+                bytes,
+                file: 0,
+            }
+        };
+        let tensors = specs.iter().map(info).collect();
+        Ok((specs, tensors))
+    }
+
+    /// Pages for the tensors. Ordinary ones, as a mapped file has them: huge ones, made from memory full of
+    /// page cache, took twice the system time of these.
+    fn pages(&self, tensors: &[TensorInfo]) -> Result<MmapMut> {
+        let bytes = tensors.iter().map(|tensor| tensor.bytes).sum();
+        let map = MmapOptions::new().len(bytes).no_reserve_swap().map_anon();
+        map.map_err(|source| Error::io(self.origin(), source))
+    }
+
+    fn over(&self, map: MmapMut, tensors: Vec<TensorInfo>) -> Result<Weights> {
         let source = Source { path: self.origin(), storage: Arc::new(Storage::Anonymous(map)) };
         Weights::new(self.origin(), vec![source], tensors)
     }

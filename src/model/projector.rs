@@ -1,5 +1,5 @@
-//! The projector: two linear layers with an exact-erf GELU between them turn patch features into
-//! token embeddings.
+//! The projector: linear layers with an exact-erf GELU between them turn patch features into token
+//! embeddings. LLaVA-1.5 has two layers, the first LLaVA one; none at all is the identity.
 
 use super::config::ProjectorConfig;
 use super::weights::Weights;
@@ -18,17 +18,16 @@ pub fn projector(
     features: ValueId,
 ) -> Result<ValueId> {
     b.scope("projector.");
-    let bias = config.bias;
-    let layer = |name: &str, rows, cols| {
+    let (rows, bias) = (config.hidden_size, config.bias);
+    let mut x = features;
+    for (layer, cols) in (1..).zip(config.inputs()) {
+        let name = format!("linear_{layer}");
         let mut operands = vec![weights.matrix(&format!("projector.{name}.weight"), rows, cols)?];
         if bias {
             operands.push(weights.vector(&format!("projector.{name}.bias"), rows)?);
         }
-        Ok::<_, crate::Error>(operands)
-    };
-    let first = layer("linear_1", config.hidden_size, config.input_size)?;
-    let second = layer("linear_2", config.hidden_size, config.hidden_size)?;
-    let linear = |act| Op::Linear { act, bias, residual: false, wide: false };
-    let h = b.push("linear_1", linear(Activation::GeluErf), &[features], &first)?;
-    b.push("linear_2", linear(Activation::None), &[h], &second)
+        let act = if layer == config.layers { Activation::None } else { Activation::GeluErf };
+        x = b.push(&name, Op::Linear { act, bias, residual: false, wide: false }, &[x], &operands)?;
+    }
+    Ok(x)
 }

@@ -119,6 +119,26 @@ impl Weights {
         Ok(Weight { name: tensor.name.clone(), dtype, rows, cols, bytes })
     }
 
+    /// Whether there is any tensor whose canonical name begins with `part`, as `vision.`
+    pub fn has_part(&self, part: &str) -> bool {
+        self.canonical.keys().any(|name| name.starts_with(part))
+    }
+
+    /// These tensors, and those of `other` whose canonical names begin with `part`.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] if both have one of them.
+    pub fn with_part(self, part: &str, other: Weights) -> Result<Weights> {
+        let (mut sources, mut tensors) = (self.sources, self.tensors);
+        let taken =
+            |tensor: &TensorInfo| names::canonical(&tensor.name).is_some_and(|name| name.starts_with(part));
+        let first = sources.len();
+        let more = other.tensors.into_iter().filter(taken);
+        tensors.extend(more.map(|tensor| TensorInfo { file: tensor.file + first, ..tensor }));
+        sources.extend(other.sources);
+        Weights::new(self.origin, sources, tensors)
+    }
+
     /// Whether there is a tensor with this canonical name.
     pub fn contains(&self, name: &str) -> bool {
         self.canonical.contains_key(name)

@@ -9,7 +9,7 @@ use super::session::Session;
 use super::size::SessionOptions;
 use crate::error::{Error, Result};
 use crate::graph::Control;
-use crate::input::image::{DecodeOptions, Picture, decode, pixels_sha256};
+use crate::input::image::{Picture, decode, pixels_sha256};
 use crate::input::prompt::{Prompt, StopStrings, TextStream};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -119,8 +119,7 @@ impl Engine {
         let model = self.model().clone();
         model.preprocess()?;
         let start = Instant::now();
-        let options = DecodeOptions { exif_orientation: model.exif_orientation() };
-        let picture = decode(name, bytes, &options)?;
+        let picture = decode(name, bytes, &model.decode_options())?;
         self.encode(name, &picture, start.elapsed())
     }
 
@@ -187,7 +186,7 @@ impl Engine {
         let model = self.model().clone();
         let mut text = TextOut {
             stream: TextStream::new(model.prompter().tokenizer()),
-            stop: StopStrings::new(&request.stop)?,
+            stop: StopStrings::new(&self.stop_words(request))?,
             stopped: false,
             text: String::new(),
             on_text: &mut on_text,
@@ -325,6 +324,15 @@ impl Engine {
             sequence.adopt(last);
         }
         Ok(sequence)
+    }
+
+    /// What ends the answer: the request's words, and those of the chat template.
+    fn stop_words(&self, request: &Request) -> Vec<String> {
+        let mut words = request.stop.clone();
+        if let Input::Chat(_) = request.input {
+            words.extend(self.model().prompter().stop_words().map(String::from));
+        }
+        words
     }
 
     /// How many tokens the answer may have.

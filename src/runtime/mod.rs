@@ -22,4 +22,4 @@ pub use request::{Completion, FinishReason, Input, Request};
 pub use sampling::Sampling;
 pub use sequence::{EncodedImage, Sequence};
 pub use session::Session;
-pub use size::{MemoryPlan, SessionOptions};
+pub use size::{MemoryPlan, SessionOptions, SessionPlan};

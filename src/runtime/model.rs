@@ -5,13 +5,14 @@ use crate::backend::cpu::{CpuBackend, physical_memory};
 use crate::error::{Error, Result};
 use crate::folder::Folder;
 use crate::graph::Graph;
-use crate::input::image::{ImageMode, Preprocess};
+use crate::input::image::{DecodeOptions, ImageMode, Preprocess};
 use crate::input::prompt::{ChatTemplate, Prompter};
 use crate::model::checkpoint::LoadMode;
-use crate::model::config::{GenerationConfig, ModelConfig};
+use crate::model::config::{GenerationConfig, ModelConfig, Reference};
 use crate::model::json;
 use crate::model::llama::Llama;
 use crate::model::llava::{self, Language, Vision};
+use crate::model::parts::{Parts, TowerSearch};
 use crate::model::preset::Preset;
 use crate::model::weights::Weights;
 use crate::tensor::DType;
@@ -96,12 +97,20 @@ pub struct LoadOptions {
     pub load_mode: LoadMode,
     /// Threads of the CPU backend; `None` takes one for each core.
     pub threads: Option<usize>,
+    /// Where the vision tower of an original LLaVA is.
+    pub tower: TowerSearch,
     /// A chat template by name or file, instead of the checkpoint's own.
     pub template: Option<String>,
     /// Crop or pad, instead of what the checkpoint says.
     pub image_mode: Option<ImageMode>,
+    /// Whose code to agree with where transformers and the original differ, instead of what the
+    /// checkpoint's layout says.
+    pub reference: Option<Reference>,
     /// The dtype of a preset's weights.
     pub preset_dtype: DType,
+    /// Whether a preset's weights are drawn. Without, they are zero and take no memory, so that a model
+    /// larger than the machine can be described.
+    pub preset_values: bool,
     /// The seed of a preset's weights.
     pub preset_seed: u64,
     /// Told how many bytes of a preset's weights are made, and how many there will be.
@@ -123,9 +132,12 @@ impl Default for LoadOptions {
         LoadOptions {
             load_mode: LoadMode::Mmap,
             threads: None,
+            tower: TowerSearch::default(),
             template: None,
             image_mode: None,
+            reference: None,
             preset_dtype: DType::F16,
+            preset_values: true,
             preset_seed: 0,
             progress: None,
         }
@@ -140,6 +152,8 @@ pub struct Model {
     prompter: Prompter,
     preprocess: Option<Preprocess>,
     weights: Weights,
+    reference: Reference,
+    tower: Option<Folder>,
     backend: Arc<dyn Backend>,
     vision: Option<Vision>,
     language: Language,
@@ -160,49 +174,43 @@ impl Model {
     /// # Errors
     /// As for [`load`](Model::load).
     pub fn load_on(backend: Arc<dyn Backend>, source: &Source, options: &LoadOptions) -> Result<Self> {
-        let folder = source.existing_folder()?;
-        let (config, generation, weights) = match source {
+        let parts = Parts::find(&source.existing_folder()?, &options.tower)?;
+        let (config, mut generation, weights) = match source {
             Source::Preset(preset) => {
                 let config = preset.config(options.preset_dtype)?;
-                let generation = GenerationConfig {
-                    eos_token_ids: config.text.eos_token_ids.clone(),
-                    ..Default::default()
-                };
-                let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
-                let total = preset.bytes(options.preset_dtype)?;
-                let available = physical_memory();
-                if available > 0 && total > available {
-                    return Err(Error::Memory {
-                        what: format!("the weights of {source}"),
-                        needed: total,
-                        available,
-                        remedy: "; a checkpoint directory is mapped and needs less, see `tessera synth`"
-                            .into(),
-                    });
-                }
-                let progress = |done| options.progress.iter().for_each(|p| p.0(done, total));
-                let weights =
-                    preset.weights(options.preset_dtype, options.preset_seed, threads, &progress)?;
-                (config, generation, weights)
+                let eos_token_ids = config.text.eos_token_ids.clone();
+                let generation = GenerationConfig { eos_token_ids, ..Default::default() };
+                (config, generation, preset_weights(preset, options)?)
             }
             Source::Demo | Source::Directory(_) => {
-                let config = ModelConfig::load(&folder)?;
-                let generation = GenerationConfig::load(&folder, &config.text)?;
-                (config, generation, Weights::open(&folder, options.load_mode)?)
+                let config = parts.config()?;
+                let generation = GenerationConfig::load(parts.folder(), &config.text)?;
+                (config, generation, parts.weights(options.load_mode)?)
             }
         };
         let vision = llava::vision(&*backend, &config, &weights)?;
         let language = llava::language(&*backend, &config, &weights)?;
-        let mut preprocess = preprocess_of(source, &config)?;
+        let mut preprocess = preprocess_of(source, &parts, &config, options.reference)?;
         if let (Some(processor), Some(mode)) = (&mut preprocess, options.image_mode) {
             processor.mode = mode;
         }
-        let mut prompter = Prompter::load(&folder, config.text.vocab_size, config.image_token_id)?;
-        if let Some(template) = &options.template {
-            prompter = prompter.with_template(ChatTemplate::named(template, &folder)?);
+        let prompter = prompter_of(&parts, &config, options)?;
+        if let Some(stop) = prompter.stop_token().filter(|stop| !generation.eos_token_ids.contains(stop)) {
+            generation.eos_token_ids.push(stop);
         }
-        let name = source.to_string();
-        Ok(Model { name, config, generation, prompter, preprocess, weights, backend, vision, language })
+        Ok(Model {
+            name: source.to_string(),
+            reference: options.reference.unwrap_or(config.reference),
+            tower: parts.tower().cloned(),
+            config,
+            generation,
+            prompter,
+            preprocess,
+            weights,
+            backend,
+            vision,
+            language,
+        })
     }
 
     /// What the model was called when it was loaded.
@@ -235,9 +243,25 @@ impl Model {
             .ok_or_else(|| Error::Prompt(format!("{} is a text model; it takes no pictures", self.name)))
     }
 
-    /// Whether pictures are turned as their EXIF orientation says, as Hugging Face's loader does.
-    pub fn exif_orientation(&self) -> bool {
-        true
+    /// Whose code this model agrees with where transformers and the original LLaVA differ.
+    pub fn reference(&self) -> Reference {
+        self.reference
+    }
+
+    /// How the bytes of a picture are read.
+    pub fn decode_options(&self) -> DecodeOptions {
+        decode_options(self.reference)
+    }
+
+    /// Whether a repetition penalty counts the ids of the prompt, as in transformers. The original gives its
+    /// prompt as embeddings, so that only ids of the answer are seen.
+    pub fn penalises_prompt(&self) -> bool {
+        self.reference == Reference::Transformers
+    }
+
+    /// The folder of the vision tower, if it is apart from the model's.
+    pub fn tower_folder(&self) -> Option<&Folder> {
+        self.tower.as_ref()
     }
 
     /// The tensors.
@@ -271,36 +295,89 @@ impl Model {
     }
 }
 
+/// Random weights, unless they are more than the machine's memory.
+fn preset_weights(preset: &Preset, options: &LoadOptions) -> Result<Weights> {
+    if !options.preset_values {
+        return preset.blank_weights(options.preset_dtype);
+    }
+    let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
+    let total = preset.bytes(options.preset_dtype)?;
+    let available = physical_memory();
+    if available > 0 && total > available {
+        return Err(Error::Memory {
+            what: format!("the weights of preset:{}", preset.name),
+            needed: total,
+            available,
+            remedy: "; `tessera inspect` describes it without making it".into(),
+        });
+    }
+    let progress = |done| options.progress.iter().for_each(|p| p.0(done, total));
+    preset.weights(options.preset_dtype, options.preset_seed, threads, &progress)
+}
+
+/// Tokenizer and template, as the checkpoint or the options have it.
+fn prompter_of(parts: &Parts, config: &ModelConfig, options: &LoadOptions) -> Result<Prompter> {
+    let (folder, vocab) = (parts.folder(), config.text.vocab_size);
+    let mut prompter = match config.reference {
+        Reference::Transformers => Prompter::load(folder, vocab, config.image_token_id)?,
+        Reference::Original => Prompter::load_original(folder, vocab, &parts.name(), config.picture_tokens)?,
+    };
+    if options.reference == Some(Reference::Original) {
+        prompter = prompter.cut_at_pictures();
+    }
+    Ok(match &options.template {
+        Some(template) => prompter.with_template(ChatTemplate::named(template, folder)?),
+        None => prompter,
+    })
+}
+
+/// How the bytes of a picture are read by the code that is agreed with: transformers turns it upright and
+/// paints a transparent colour white, the original does neither.
+fn decode_options(reference: Reference) -> DecodeOptions {
+    let transformers = reference == Reference::Transformers;
+    DecodeOptions { exif_orientation: transformers, whiten_transparent: transformers }
+}
+
 /// How pictures become pixels for a model that is not loaded: only its configuration files are read.
 ///
 /// # Errors
 /// As for [`Model::load`]; [`Error::Prompt`] for a text model.
-pub fn load_preprocess(source: &Source) -> Result<Preprocess> {
+pub fn load_preprocess(source: &Source, options: &LoadOptions) -> Result<(DecodeOptions, Preprocess)> {
+    let parts = Parts::find(&source.existing_folder()?, &options.tower)?;
     let config = match source {
         Source::Preset(preset) => preset.config(DType::F16)?,
-        Source::Demo | Source::Directory(_) => ModelConfig::load(&source.existing_folder()?)?,
+        Source::Demo | Source::Directory(_) => parts.config()?,
     };
-    preprocess_of(source, &config)?
-        .ok_or_else(|| Error::Prompt(format!("{source} is a text model; it takes no pictures")))
+    let mut processor = preprocess_of(source, &parts, &config, options.reference)?
+        .ok_or_else(|| Error::Prompt(format!("{source} is a text model; it takes no pictures")))?;
+    processor.mode = options.image_mode.unwrap_or(processor.mode);
+    Ok((decode_options(options.reference.unwrap_or(config.reference)), processor))
 }
 
-/// How pictures become pixels; `None` for a text model.
+/// How pictures become pixels; `None` for a text model. The original code takes its tower's settings.
 ///
 /// # Errors
 /// A configuration that cannot be used, or one whose pixels would not fit the tower.
-fn preprocess_of(source: &Source, config: &ModelConfig) -> Result<Option<Preprocess>> {
+fn preprocess_of(
+    source: &Source,
+    parts: &Parts,
+    config: &ModelConfig,
+    reference: Option<Reference>,
+) -> Result<Option<Preprocess>> {
     let Some(vision) = &config.vision else { return Ok(None) };
     const FILE: &str = "preprocessor_config.json";
-    let folder = source.folder();
-    let processor = match source {
-        Source::Preset(_) => None,
-        Source::Demo | Source::Directory(_) => json::find_object(&folder, FILE)?,
-    };
-    let file = folder.path(FILE);
-    let processor = match processor {
-        None => Preprocess::clip(vision.image_size),
-        Some(map) => Preprocess::from_json(&file, &map.into())?,
-    };
+    let folders = parts.tower().into_iter().chain([parts.folder()]);
+    let mut processor = Preprocess::clip(vision.image_size);
+    let mut file = parts.folder().path(FILE);
+    if !matches!(source, Source::Preset(_)) {
+        for folder in folders {
+            if let Some(map) = json::find_object(folder, FILE)? {
+                file = folder.path(FILE);
+                processor = Preprocess::from_json(&file, &map.into())?;
+                break;
+            }
+        }
+    }
     if processor.side() != vision.image_size {
         return Err(Error::Config {
             file,
@@ -308,6 +385,14 @@ fn preprocess_of(source: &Source, config: &ModelConfig) -> Result<Option<Preproc
             expected: format!("{}, the image_size of the vision tower", vision.image_size),
             found: processor.side().to_string(),
         });
+    }
+    match (config.reference, reference) {
+        (Reference::Original, None | Some(Reference::Original)) if config.pads => {
+            processor.mode = ImageMode::Pad
+        }
+        // LLaVA-1.5 was published with `image_aspect_ratio: pad`; transformers crops it.
+        (Reference::Transformers, Some(Reference::Original)) => processor.mode = ImageMode::Pad,
+        _ => {}
     }
     Ok(Some(processor))
 }

@@ -4,15 +4,16 @@
 //! runs the language graph once. It allocates nothing: rows are staged in vectors of fixed capacity.
 
 use super::batch::{Advance, Staging};
-use super::kv::{KvPool, page_bytes};
+use super::kv::KvPool;
 use super::model::Model;
 use super::pages::PageAllocator;
 use super::sampling::Sampling;
 use super::sequence::{EncodedImage, Sequence, SharedPages};
-use super::size::{MemoryPlan, SessionOptions, limits};
+use super::size::{MemoryPlan, SessionOptions, SessionPlan};
 use crate::backend::Buffer;
+use crate::backend::cpu::physical_memory;
 use crate::error::{Error, Result};
-use crate::graph::{Control, Executor, Plan};
+use crate::graph::{Control, Executor};
 use crate::model::llama::Llama;
 use crate::op::KvExtent;
 use crate::tensor::Bindings;
@@ -40,23 +41,11 @@ impl Session {
     /// # Errors
     /// An option out of range, or [`Error::Memory`] with the plan's numbers when it does not fit.
     pub fn new(model: Arc<Model>, options: SessionOptions) -> Result<Self> {
-        let config = &model.config().text;
-        let backend = model.backend();
-        let max = limits(config, &options, backend.dtype())?;
-
-        let language_plan = Plan::new(model.language(), &**backend, max);
-        let one_image = Bindings { images: 1, ..Bindings::default() };
-        let vision_plan = model.vision().map(|v| Plan::new(&v.graph, &**backend, one_image));
-        let arena_bytes = language_plan.bytes.max(vision_plan.as_ref().map_or(0, |p| p.bytes));
-        let plan = MemoryPlan {
-            weights: model.weight_bytes(),
-            kv: (max.pages * page_bytes(config, backend.dtype())) as u64,
-            arena: arena_bytes as u64,
-            pages: max.pages,
-            context: max.context,
-        };
-
-        let arena = Arc::new(backend.alloc("activations", arena_bytes)?);
+        let SessionPlan { language: language_plan, vision: vision_plan, memory } =
+            SessionPlan::new(&model, &options)?;
+        memory.check(physical_memory())?;
+        let (config, backend, max) = (&model.config().text, model.backend(), language_plan.max);
+        let arena = Arc::new(backend.alloc("activations", memory.arena as usize)?);
         let kv = KvPool::new(backend.clone(), config, max.pages)?;
         let rope = rope_table(&model, max.context)?;
         let mut states = vec![rope.addr];
@@ -69,7 +58,7 @@ impl Session {
             .map(|(v, plan)| Executor::new(v.graph.clone(), backend.clone(), plan, arena.clone(), &[]));
         let pages = SharedPages::new(PageAllocator::new(max.pages));
         let staging = Staging::with_capacity(&max, options.max_sequences);
-        Ok(Session { model, language, vision, kv, pages, plan, options, staging, _rope: rope })
+        Ok(Session { model, language, vision, kv, pages, plan: memory, options, staging, _rope: rope })
     }
 
     /// The model.
@@ -168,6 +157,9 @@ impl Session {
         };
         for &id in ids {
             sequence.push(id);
+        }
+        if !self.model.penalises_prompt() {
+            sequence.seen.fill(0);
         }
         Ok(sequence)
     }

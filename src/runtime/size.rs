@@ -1,7 +1,9 @@
 //! How large a session is, and where its bytes go.
 
 use super::kv::page_bytes;
+use super::model::Model;
 use crate::error::{Error, Result};
+use crate::graph::Plan;
 use crate::model::config::TextConfig;
 use crate::op::PAGE;
 use crate::tensor::{Bindings, DType};
@@ -53,10 +55,70 @@ impl MemoryPlan {
     pub fn total(&self) -> u64 {
         self.weights + self.kv + self.arena
     }
+
+    /// Refuses a plan for more than `available` bytes of memory; 0 stands for not known. Weights count although
+    /// they are mapped: every step reads all of them, from the disk if they do not stay in memory.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] with the numbers.
+    pub fn check(&self, available: u64) -> Result<()> {
+        let needed = self.total();
+        if available == 0 || needed <= available {
+            return Ok(());
+        }
+        let MemoryPlan { weights, kv, arena, context, .. } = self;
+        let remedy = match *weights > available {
+            true => "; take a machine with more, or a smaller model",
+            false => "; lower --context, --kv-memory or --prefill-chunk",
+        };
+        Err(Error::Memory {
+            what: format!(
+                "{weights} bytes of weights, the KV cache of {kv} bytes (context {context}) and {arena} of activations"
+            ),
+            needed,
+            available,
+            remedy: remedy.into(),
+        })
+    }
+}
+
+/// A session before anything is allocated for it.
+#[derive(Clone, Debug)]
+pub struct SessionPlan {
+    /// Where the language graph's values lie.
+    pub language: Plan,
+    /// Where the vision graph's values lie, unless this is a text model.
+    pub vision: Option<Plan>,
+    /// Where the bytes go.
+    pub memory: MemoryPlan,
+}
+
+impl SessionPlan {
+    /// Plans a session for `model`.
+    ///
+    /// # Errors
+    /// [`Error::Option`] for an option out of range.
+    pub fn new(model: &Model, options: &SessionOptions) -> Result<Self> {
+        let config = &model.config().text;
+        let backend = &**model.backend();
+        let max = limits(config, options, backend.dtype())?;
+        let language = Plan::new(model.language(), backend, max);
+        let one_image = Bindings { images: 1, ..Bindings::default() };
+        let vision = model.vision().map(|v| Plan::new(&v.graph, backend, one_image));
+        let arena = language.bytes.max(vision.as_ref().map_or(0, |plan| plan.bytes));
+        let memory = MemoryPlan {
+            weights: model.weight_bytes(),
+            kv: (max.pages * page_bytes(config, backend.dtype())) as u64,
+            arena: arena as u64,
+            pages: max.pages,
+            context: max.context,
+        };
+        Ok(SessionPlan { language, vision, memory })
+    }
 }
 
 /// The largest step of a session whose KV cache is of `dtype`.
-pub(super) fn limits(config: &TextConfig, options: &SessionOptions, dtype: DType) -> Result<Bindings> {
+fn limits(config: &TextConfig, options: &SessionOptions, dtype: DType) -> Result<Bindings> {
     let page_bytes = page_bytes(config, dtype);
     let context = options.context.unwrap_or(config.max_positions.min(DEFAULT_CONTEXT));
     if context == 0 || context > config.max_positions {
@@ -102,3 +164,29 @@ const MAX_SEQUENCES: usize = 4096;
 
 /// Slots are i32.
 const MAX_PAGES: usize = i32::MAX as usize / PAGE;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_plan_that_does_not_fit_is_refused_with_its_numbers() {
+        // LLaVA-1.5-13B with a cache of f32 and a context of 4096.
+        let plan = MemoryPlan {
+            weights: 26_677_602_304,
+            kv: 6_710_886_400,
+            arena: 300 << 20,
+            pages: 256,
+            context: 4096,
+        };
+        assert!(plan.check(plan.total()).is_ok() && plan.check(0).is_ok());
+        for (available, remedy) in [(plan.total() - 1, "lower --context"), (24 << 30, "a smaller model")] {
+            let error = plan.check(available).unwrap_err().to_string();
+            let needed = plan.total().to_string();
+            for part in ["26677602304", "6710886400", "context 4096", &needed, &available.to_string(), remedy]
+            {
+                assert!(error.contains(part), "{part}: {error}");
+            }
+        }
+    }
+}

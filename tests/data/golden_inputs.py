@@ -89,10 +89,12 @@ def added_tokens_decoder(tokenizer, tokens):
     return {str(tokenizer.token_to_id(t)): {"content": t, **flags} for t in tokens}
 
 
-def write_llama_tokenizer(folder, size, corpus=CORPUS, legacy=False, byte_fallback=True):
+def write_llama_tokenizer(folder, size, corpus=CORPUS, legacy=False, byte_fallback=True, added=("<image>", "<pad>"),
+                          keep_model=False):
     """Llama and Vicuna style: BPE merges taken from a SentencePiece model, byte fallback, `<s>` put first.
 
     `legacy` puts a `▁` before every stretch of text (as the first Llama tokenizers do), otherwise only before the first.
+    `added` are special tokens behind the model's own. `keep_model` writes tokenizer.model, the SentencePiece model, too.
     Returns the ids that configs and weights need."""
     blob = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -118,20 +120,24 @@ def write_llama_tokenizer(folder, size, corpus=CORPUS, legacy=False, byte_fallba
         tk.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)
     tk.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
                                     decoders.Strip(content=" ", left=1)])
-    specials = ["<unk>", "<s>", "</s>", "<image>", "<pad>"]
+    specials = ["<unk>", "<s>", "</s>", *added]
     tk.add_special_tokens([special(t) for t in specials])
     tk.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B:1", special_tokens=[("<s>", 1)])
     tk.save(f"{folder}/tokenizer.json")
+    if keep_model:
+        Path(f"{folder}/tokenizer.model").write_bytes(blob.getvalue())
+    pad_token = "<pad>" if "<pad>" in added else "<unk>"
     write_json(f"{folder}/tokenizer_config.json", {
         "add_bos_token": True, "add_eos_token": False, "added_tokens_decoder": added_tokens_decoder(tk, specials),
         "bos_token": "<s>", "clean_up_tokenization_spaces": False, "eos_token": "</s>", "legacy": legacy,
-        "model_max_length": 2048 if legacy else 1000000000000000019884624838656, "pad_token": "<pad>",
+        "model_max_length": 2048 if legacy else 1000000000000000019884624838656, "pad_token": pad_token,
         "padding_side": "left", "sp_model_kwargs": {}, "tokenizer_class": "LlamaTokenizer", "unk_token": "<unk>",
         "use_default_system_prompt": False, "processor_class": "LlavaProcessor"})
     write_json(f"{folder}/special_tokens_map.json",
-               {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"})
-    image, pad = tk.token_to_id("<image>"), tk.token_to_id("<pad>")
-    return {"size": tk.get_vocab_size(), "image": image, "pad": pad, "eos": 2, "quiet": {0, 1, image, pad},
+               {"bos_token": "<s>", "eos_token": "</s>", "pad_token": pad_token, "unk_token": "<unk>"})
+    image, pad = tk.token_to_id("<image>"), tk.token_to_id(pad_token)
+    quiet = {0, 1, *(tk.token_to_id(t) for t in added)}
+    return {"size": tk.get_vocab_size(), "image": image, "pad": pad, "eos": 2, "quiet": quiet,
             "bytes": [i for i in range(size) if sp.is_byte(i)]}
 
 

@@ -25,6 +25,8 @@ pub struct CaseRequest {
     pub max_new_tokens: usize,
     /// The decoded answer.
     pub expected_text: Option<String>,
+    /// What is asked, if the prompt is the style that the model's name tells.
+    pub question: Option<String>,
     /// How far the reference in f32 is from the same in f64.
     pub noise: f64,
 }
@@ -58,6 +60,11 @@ impl Case {
         self.folder.join(self.json["model"].as_str().unwrap())
     }
 
+    /// Whether the checkpoint is in the layout of the original LLaVA.
+    pub fn is_original(&self) -> bool {
+        self.json["kind"] == "llava_original"
+    }
+
     /// The bytes of a picture as the reference decoded it: a JPEG has its pixels beside it, because
     /// decoders differ by a few levels.
     pub fn image(&self, name: &str) -> Vec<u8> {
@@ -79,6 +86,7 @@ impl Case {
                 images: strings(&r["images"]),
                 max_new_tokens: r["sampling"]["max_new_tokens"].as_u64().unwrap() as usize,
                 expected_text: r["expected_text"].as_str().map(String::from),
+                question: r["question"].as_str().map(String::from),
                 noise: r["measured"]["logits_max_abs_diff_f32_vs_f64"].as_f64().unwrap_or(0.0),
             })
             .collect()

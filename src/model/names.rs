@@ -7,6 +7,8 @@
 //! | `projector.X` | `linear_1.{weight,bias}`, `linear_2.{weight,bias}` |
 //! | `lm.X` | `embed_tokens.weight`, `layers.N.*`, `norm.weight` |
 //! | `lm.head.weight` | the output matrix, absent if it is tied to the embedding |
+//! | `text.X` | CLIP's text tower: `embeddings.*`, `encoder.layers.N.*`, `final_layer_norm.*` |
+//! | `visual_projection.weight`, `text_projection.weight`, `logit_scale` | the rest of a CLIP |
 //!
 //! X is spelt as transformers spells it.
 
@@ -26,13 +28,16 @@ pub enum Layout {
     StateDictFlatTower,
     /// `model.*`, `lm_head.weight`: a text model.
     Llama,
+    /// `vision_model.*`, `text_model.*`: CLIP by itself.
+    Clip,
 }
 
 impl Layout {
     /// The layout of a file with these tensor names.
     pub fn detect<'a>(names: impl Iterator<Item = &'a str>) -> Layout {
-        let (mut hub, mut state_dict, mut nested_tower) = (false, false, false);
+        let (mut hub, mut state_dict, mut nested_tower, mut clip) = (false, false, false, false);
         for name in names {
+            clip |= name.starts_with("vision_model.") || name.starts_with("text_model.");
             let inner = name.strip_prefix("model.").unwrap_or(name);
             let multimodal = ["language_model.", "vision_tower.", "multi_modal_projector."];
             if multimodal.iter().any(|prefix| inner.starts_with(prefix)) {
@@ -46,6 +51,7 @@ impl Layout {
             (true, _, false) => Layout::HubFlatTower,
             (false, true, true) => Layout::StateDict,
             (false, true, false) => Layout::StateDictFlatTower,
+            (false, false, _) if clip => Layout::Clip,
             (false, false, _) => Layout::Llama,
         }
     }
@@ -58,21 +64,27 @@ impl Layout {
         };
         let tower = match self {
             Layout::HubFlatTower | Layout::StateDictFlatTower => "vision_tower.",
+            Layout::Clip => "vision_model.",
             _ => "vision_tower.vision_model.",
         };
         let (lm, head) = match self {
             Layout::Hub | Layout::HubFlatTower => ("language_model.model.", "language_model.lm_head."),
             Layout::StateDict | Layout::StateDictFlatTower => ("model.language_model.", "lm_head."),
             Layout::Llama => ("model.", "lm_head."),
+            Layout::Clip => ("", "lm_head."),
         };
-        if let Some(rest) = name.strip_prefix("vision.") {
+        if let Some(rest) = name.strip_prefix("text.") {
+            format!("text_model.{rest}")
+        } else if let Some(rest) = name.strip_prefix("vision.") {
             format!("{model}{tower}{rest}")
         } else if let Some(rest) = name.strip_prefix("projector.") {
             format!("{model}multi_modal_projector.{rest}")
         } else if let Some(rest) = name.strip_prefix("lm.head.") {
             format!("{head}{rest}")
+        } else if let Some(rest) = name.strip_prefix("lm.") {
+            format!("{lm}{rest}")
         } else {
-            format!("{lm}{}", name.strip_prefix("lm.").unwrap_or(name))
+            name.into()
         }
     }
 }
@@ -87,6 +99,7 @@ impl fmt::Display for Layout {
                 "model.language_model.*, model.vision_tower.* (transformers 5, raw)"
             }
             Layout::Llama => "model.*, lm_head.weight (text model)",
+            Layout::Clip => "vision_model.*, text_model.* (CLIP)",
         })
     }
 }
@@ -98,6 +111,15 @@ pub fn canonical(name: &str) -> Option<String> {
     if is_buffer(name) {
         return None;
     }
+    if ["visual_projection.weight", "text_projection.weight", "logit_scale"].contains(&name) {
+        return Some(name.into());
+    }
+    if let Some(rest) = name.strip_prefix("vision_model.") {
+        return Some(format!("vision.{rest}"));
+    }
+    if let Some(rest) = name.strip_prefix("text_model.") {
+        return Some(format!("text.{rest}"));
+    }
     let name = name.strip_prefix("model.").unwrap_or(name);
     if let Some(rest) = name.strip_prefix("vision_tower.") {
         let rest = rest.strip_prefix("vision_model.").unwrap_or(rest);
@@ -105,6 +127,13 @@ pub fn canonical(name: &str) -> Option<String> {
     }
     if let Some(rest) = name.strip_prefix("multi_modal_projector.") {
         return Some(format!("projector.{rest}"));
+    }
+    for (theirs, ours) in
+        [("mm_projector.0.", "projector.linear_1."), ("mm_projector.2.", "projector.linear_2.")]
+    {
+        if let Some(rest) = name.strip_prefix(theirs) {
+            return Some(format!("{ours}{rest}"));
+        }
     }
     let name = name.strip_prefix("language_model.").unwrap_or(name);
     let name = name.strip_prefix("model.").unwrap_or(name);

@@ -2,10 +2,11 @@
 //! token embeddings.
 
 use super::config::ProjectorConfig;
+use super::linear::linear;
 use super::weights::Weights;
 use crate::error::Result;
 use crate::graph::{GraphBuilder, ValueId};
-use crate::op::{Activation, Op};
+use crate::op::Activation;
 
 /// Builds the projector over `features` `[rows, in]`; the result is `[rows, text hidden size]`.
 ///
@@ -18,17 +19,9 @@ pub fn projector(
     features: ValueId,
 ) -> Result<ValueId> {
     b.scope("projector.");
-    let bias = config.bias;
-    let layer = |name: &str, rows, cols| {
-        let mut operands = vec![weights.matrix(&format!("projector.{name}.weight"), rows, cols)?];
-        if bias {
-            operands.push(weights.vector(&format!("projector.{name}.bias"), rows)?);
-        }
-        Ok::<_, crate::Error>(operands)
-    };
-    let first = layer("linear_1", config.hidden_size, config.input_size)?;
-    let second = layer("linear_2", config.hidden_size, config.hidden_size)?;
-    let linear = |act| Op::Linear { act, bias, residual: false };
-    let h = b.push("linear_1", linear(Activation::GeluErf), &[features], &first)?;
-    b.push("linear_2", linear(Activation::None), &[h], &second)
+    let ProjectorConfig { input_size, hidden_size, bias } = *config;
+    let first = [("projector.linear_1".into(), hidden_size, input_size)];
+    let second = [("projector.linear_2".into(), hidden_size, hidden_size)];
+    let h = linear(b, weights, "linear_1", &[features], &first, bias, Activation::GeluErf)?;
+    linear(b, weights, "linear_2", &[h], &second, bias, Activation::None)
 }

@@ -12,6 +12,7 @@ use crate::model::config::{GenerationConfig, ModelConfig};
 use crate::model::json;
 use crate::model::llama::Llama;
 use crate::model::llava::{self, Language, Vision};
+use crate::model::lora::{Lora, MAX_ADAPTERS};
 use crate::model::preset::Preset;
 use crate::model::weights::Weights;
 use crate::tensor::DType;
@@ -104,6 +105,8 @@ pub struct LoadOptions {
     pub preset_dtype: DType,
     /// The seed of a preset's weights.
     pub preset_seed: u64,
+    /// Adapters that are laid beside the weights; several add up.
+    pub lora: Vec<Lora>,
     /// Told how many bytes of a preset's weights are made, and how many there will be.
     pub progress: Option<Progress>,
 }
@@ -127,6 +130,7 @@ impl Default for LoadOptions {
             image_mode: None,
             preset_dtype: DType::F16,
             preset_seed: 0,
+            lora: Vec::new(),
             progress: None,
         }
     }
@@ -161,7 +165,7 @@ impl Model {
     /// As for [`load`](Model::load).
     pub fn load_on(backend: Arc<dyn Backend>, source: &Source, options: &LoadOptions) -> Result<Self> {
         let folder = source.existing_folder()?;
-        let (config, generation, weights) = match source {
+        let (config, generation, mut weights) = match source {
             Source::Preset(preset) => {
                 let config = preset.config(options.preset_dtype)?;
                 let generation = GenerationConfig {
@@ -191,6 +195,11 @@ impl Model {
                 (config, generation, Weights::open(&folder, options.load_mode)?)
             }
         };
+        if options.lora.len() > MAX_ADAPTERS {
+            let expected = format!("at most {MAX_ADAPTERS} adapters");
+            return Err(Error::option("--lora", expected, options.lora.len()));
+        }
+        options.lora.iter().try_for_each(|lora| weights.adapt(lora, options.load_mode))?;
         let vision = llava::vision(&*backend, &config, &weights)?;
         let language = llava::language(&*backend, &config, &weights)?;
         let mut preprocess = preprocess_of(source, &config)?;

@@ -7,7 +7,7 @@
 use std::sync::Arc;
 use tessera::backend::Backend;
 use tessera::graph::{Control, Executor, GraphBuilder, Plan, Source};
-use tessera::op::{Activation, Op, PAGE, SAMPLE_PARAMS, SampleParams, Select};
+use tessera::op::{Activation, Op, PAGE, Pair, SAMPLE_PARAMS, SampleParams, Select};
 use tessera::tensor::{Bindings, DType, Rows, Storage, TensorType, Weight, WeightBytes};
 
 /// An op on given shapes.
@@ -131,6 +131,10 @@ impl Case {
                 for (row, source) in ins[1].iter_mut().enumerate() {
                     *source = if random.below(2) == 0 { u32::MAX } else { row as u32 };
                 }
+            }
+            Op::EmbedTokens => {
+                let vocab = self.weights[0][0];
+                ins[0].iter_mut().for_each(|id| *id = random.below(vocab) as u32);
             }
             Op::SelectRows { select: Select::Index } => {
                 ins[1].iter_mut().for_each(|row| *row = random.below(tokens) as u32);
@@ -262,14 +266,34 @@ pub fn linear(
     weights.extend(ns.iter().filter(|_| bias).map(|&n| [1, n]));
     let mut ins = vec![f32s(Rows::Tokens, k)];
     ins.extend(residual.then(|| f32s(Rows::Tokens, ns.iter().sum())));
-    Case { dtype, ..case(Op::Linear { act, bias, residual }, ins, weights, tokens(m)) }
+    let op = Op::Linear { act, bias, residual, pairs: vec![] };
+    Case { dtype, ..case(op, ins, weights, tokens(m)) }
 }
 
 /// `silu(x · Wgᵀ) ⊙ (x · Wuᵀ)`.
 pub fn gated(m: usize, n: usize, k: usize, dtype: DType, bias: bool) -> Case {
     let mut weights = vec![[n, k]; 2];
     weights.extend(vec![[1, n]; if bias { 2 } else { 0 }]);
-    Case { dtype, ..case(Op::GatedLinear { bias }, vec![f32s(Rows::Tokens, k)], weights, tokens(m)) }
+    let op = Op::GatedLinear { bias, pairs: vec![] };
+    Case { dtype, ..case(op, vec![f32s(Rows::Tokens, k)], weights, tokens(m)) }
+}
+
+/// A linear op with low-rank pairs of these ranks beside its matrices: (matrix, rank, scale).
+pub fn adapted(mut case: Case, ranks: &[(usize, usize, f32)]) -> Case {
+    let (Op::Linear { pairs, .. } | Op::GatedLinear { pairs, .. }) = &mut case.op else { panic!("{case}") };
+    pairs.extend(ranks.iter().map(|&(matrix, _, scale)| Pair { matrix, scale }));
+    for &(matrix, rank, _) in ranks {
+        let [n, k] = case.weights[matrix];
+        case.weights.extend([[rank, k], [n, rank]]);
+    }
+    case
+}
+
+/// Token rows and positions of `texts` texts of `rows` tokens.
+pub fn embed_tokens(texts: usize, rows: usize, vocab: usize, cols: usize, dtype: DType) -> Case {
+    let bindings = Bindings { images: texts, ..Bindings::default() };
+    let ids = TensorType::i32(Rows::PerImage(rows), 1);
+    Case { dtype, ..case(Op::EmbedTokens, vec![ids], vec![[vocab, cols], [rows, cols]], bindings) }
 }
 
 /// Attention within `images` images of `rows` rows.
@@ -326,6 +350,27 @@ pub fn all() -> Vec<Case> {
             cases.push(gated(m, 21, 77, dtype, false));
             cases.push(gated(m, 40, 64, dtype, true));
         }
+    }
+    // Low-rank pairs: ranks below, at and above a vector, several on one matrix, none on the next.
+    for dtype in dtypes {
+        for m in [1, 3, 4, 5, 13, 25] {
+            let plain =
+                |ns: &[usize], k, bias, residual| linear(m, ns, k, dtype, Activation::None, bias, residual);
+            cases.push(adapted(plain(&[33], 40, false, false), &[(0, 8, 2.0)]));
+            cases.push(adapted(plain(&[17], 65, true, true), &[(0, 1, -0.7), (0, 17, 1.4142135)]));
+            let qkv = [(0, 4, 2.0), (2, 16, 0.5), (2, 3, 1.0), (2, 33, 0.25)];
+            cases.push(adapted(plain(&[48, 16, 19], 40, true, false), &qkv));
+            let quick = linear(m, &[37], 70, dtype, Activation::QuickGelu, true, false);
+            cases.push(adapted(quick, &[(0, 5, 3.0)]));
+            cases.push(adapted(gated(m, 21, 77, dtype, false), &[(0, 8, 2.0), (1, 12, 0.3)]));
+            cases.push(adapted(gated(m, 40, 64, dtype, true), &[(1, 20, 1.0)]));
+        }
+    }
+    // A rank past a block of the reduction order.
+    cases.push(adapted(linear(6, &[20], 30, DType::BF16, Activation::None, false, false), &[(0, 2070, 0.1)]));
+    for dtype in dtypes {
+        cases.push(embed_tokens(1, 5, 9, 17, dtype));
+        cases.push(embed_tokens(3, 7, 50, 64, dtype));
     }
     // One case with the reduction length of a real model's widest layer.
     cases.push(linear(6, &[20], 11008, DType::F16, Activation::None, false, false));

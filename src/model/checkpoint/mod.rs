@@ -40,6 +40,18 @@ impl Weights {
         }
     }
 
+    /// Opens the weights that lie in `dir` in a file called `stem`, as adapters do, if there is one.
+    pub(in crate::model) fn open_named(dir: &Path, stem: &str, mode: LoadMode) -> Result<Option<Weights>> {
+        let path = dir.join(format!("{stem}.safetensors"));
+        if !path.exists() {
+            return Ok(None);
+        }
+        let storage = Arc::new(open_file(&path, mode)?);
+        let (mut sources, mut tensors) = (Vec::new(), Vec::new());
+        add(Source { path, storage }, &mut sources, &mut tensors)?;
+        Weights::new(dir.into(), sources, tensors).map(Some)
+    }
+
     fn open_directory(dir: &Path, mode: LoadMode) -> Result<Weights> {
         let found = find_files(dir)?;
         let mut sources = Vec::new();

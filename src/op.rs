@@ -10,7 +10,7 @@
 mod infer;
 
 use crate::error::Result;
-use crate::tensor::{DType, TensorType, View};
+use crate::tensor::{DType, TensorType, View, Weight};
 use infer::Check;
 
 /// Token positions in one page of the KV cache. Sixteen positions are one vector of scores on every
@@ -94,6 +94,8 @@ pub enum Op {
         bias: bool,
         /// Whether a second operand `[T, ΣN_i]` is added to the result.
         residual: bool,
+        /// Whether the result is f32 whatever the activations are: logits, which a sampler compares.
+        wide: bool,
         /// What adapters add to the matrices, in the order of the matrices; at most [`MAX_PAIRS`].
         pairs: Vec<Pair>,
     },
@@ -195,6 +197,12 @@ pub struct WeightType {
     pub dtype: DType,
 }
 
+impl From<&Weight> for WeightType {
+    fn from(weight: &Weight) -> Self {
+        WeightType { rows: weight.rows, cols: weight.cols, dtype: weight.dtype }
+    }
+}
+
 impl WeightType {
     /// How many elements.
     #[allow(clippy::len_without_is_empty, reason = "no weight is empty")]
@@ -241,6 +249,11 @@ impl Op {
         }
     }
 
+    /// A [`Op::Linear`] without pairs, whose result is an activation.
+    pub const fn linear(act: Activation, bias: bool, residual: bool) -> Op {
+        Op::Linear { act, bias, residual, wide: false, pairs: Vec::new() }
+    }
+
     /// The low-rank pairs of a linear op; no other op has any.
     pub fn pairs(&self) -> &[Pair] {
         match self {
@@ -266,12 +279,20 @@ impl Op {
         (if bias { own / 2 } else { own }, own)
     }
 
-    /// The types of the results, or why the operands do not fit: the only shape authority.
+    /// The types of the results, or why the operands do not fit: the only shape authority. Activations,
+    /// KV pages among them, are of dtype `float`, which is the device's. Whatever the device, pixels,
+    /// rotation tables and logits are f32, and indices i32.
     ///
     /// # Errors
     /// [`Error::Shape`](crate::Error::Shape) naming `node`, what was expected and what was given.
-    pub fn infer(&self, node: &str, ins: &[TensorType], weights: &[WeightType]) -> Result<Outs> {
-        Check { op: self, node, ins, weights }.infer()
+    pub fn infer(
+        &self,
+        node: &str,
+        float: DType,
+        ins: &[TensorType],
+        weights: &[WeightType],
+    ) -> Result<Outs> {
+        Check { op: self, node, float, ins, weights }.infer()
     }
 
     /// FLOPs and bytes of one execution on bound shapes. `kv_rows` is the number of key rows that the
@@ -311,7 +332,8 @@ impl Op {
             Op::SelectRows { .. } => 2 * outs[0].bytes(),
             // k and v go to their slots; the table is read at one row a position.
             Op::RopeAppend { kv_heads, head_dim, .. } => {
-                ins[0].bytes() + outs[0].bytes() + ins[0].rows * (2 * kv_heads + 1) * head_dim * 4
+                let (page, table) = (ins[4].dtype.size(), ins[3].dtype.size());
+                ins[0].bytes() + outs[0].bytes() + ins[0].rows * head_dim * (2 * kv_heads * page + table)
             }
             Op::PagedAttention { kv_heads, head_dim, .. } => {
                 ins[0].bytes() + outs[0].bytes() + 2 * kv.rows * kv_heads * head_dim * ins[4].dtype.size()

@@ -16,12 +16,13 @@ fn view(rows: usize, cols: usize) -> View {
     View { addr: 0, rows, cols, dtype: DType::F32 }
 }
 
-const LINEAR: Op = Op::Linear { act: Activation::None, bias: false, residual: false, pairs: Vec::new() };
+const LINEAR: Op =
+    Op::Linear { act: Activation::None, bias: false, residual: false, wide: false, pairs: Vec::new() };
 
 /// A linear op with a pair beside each of these matrices.
 fn adapted(matrices: &[usize]) -> Op {
     let pairs = matrices.iter().map(|&matrix| Pair { matrix, scale: 1.0 }).collect();
-    Op::Linear { act: Activation::None, bias: false, residual: false, pairs }
+    Op::Linear { act: Activation::None, bias: false, residual: false, wide: false, pairs }
 }
 
 /// The same for a gated one.
@@ -96,7 +97,7 @@ fn operands_that_do_not_fit_are_refused_in_words() {
         ),
     ];
     for (op, ins, weights, expected) in cases {
-        let error = op.infer("a.node", &ins, &weights).unwrap_err().to_string();
+        let error = op.infer("a.node", DType::F32, &ins, &weights).unwrap_err().to_string();
         for word in [expected, "a.node", op.name(), "found"] {
             assert!(error.contains(word), "{op:?} does not mention {word}: {error}");
         }

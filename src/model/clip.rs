@@ -158,7 +158,7 @@ fn project(
     let x = b.push("post_norm", Op::LayerNorm { eps }, &[x], &affine)?;
     b.scope("");
     let part = [(projection.into(), size, width)];
-    let projected = linear(b, weights, projection, &[x], &part, false, Activation::None)?;
+    let projected = linear(b, weights, projection, Op::linear(Activation::None, false, false), &[x], &part)?;
     b.keep(projected);
     let unit = b.push("normalise", Op::L2Normalize, &[projected], &[])?;
     b.keep(unit);
@@ -190,21 +190,23 @@ impl Blocks {
     fn push(&self, b: &mut GraphBuilder<'_>, weights: &Weights, layer: usize, x: ValueId) -> Result<ValueId> {
         let Blocks { tower, width, inner, heads, rows, causal, .. } = *self;
         let name = |part: &str| format!("{tower}.encoder.layers.{layer}.{part}");
+        let op = |act, residual| Op::linear(act, true, residual);
         let none = Activation::None;
 
         b.scope(format_args!("{tower}.layers.{layer}."));
         let h = self.norm(b, weights, "norm1", &name("layer_norm1"), x)?;
         let qkv =
             ["q_proj", "k_proj", "v_proj"].map(|part| (name(&format!("self_attn.{part}")), width, width));
-        let qkv = linear(b, weights, "qkv", &[h], &qkv, true, none)?;
+        let qkv = linear(b, weights, "qkv", op(none, false), &[h], &qkv)?;
         let attention = Op::Attention { heads, head_dim: width / heads, rows, causal };
         let a = b.push("attention", attention, &[qkv], &[])?;
-        let x =
-            linear(b, weights, "out", &[a, x], &[(name("self_attn.out_proj"), width, width)], true, none)?;
+        let out = [(name("self_attn.out_proj"), width, width)];
+        let x = linear(b, weights, "out", op(none, true), &[a, x], &out)?;
 
         let h = self.norm(b, weights, "norm2", &name("layer_norm2"), x)?;
-        let h = linear(b, weights, "fc1", &[h], &[(name("mlp.fc1"), inner, width)], true, self.activation)?;
-        linear(b, weights, "fc2", &[h, x], &[(name("mlp.fc2"), width, inner)], true, none)
+        let fc1 = [(name("mlp.fc1"), inner, width)];
+        let h = linear(b, weights, "fc1", op(self.activation, false), &[h], &fc1)?;
+        linear(b, weights, "fc2", op(none, true), &[h, x], &[(name("mlp.fc2"), width, inner)])
     }
 
     /// The LayerNorm called `name`, as node `node`.

@@ -2,7 +2,7 @@
 //! sequences, because a row's page table and position are inputs.
 
 use super::config::TextConfig;
-use super::linear::{gated_linear, linear};
+use super::linear::linear;
 use super::weights::Weights;
 use crate::error::Result;
 use crate::graph::{GraphBuilder, ValueId};
@@ -54,7 +54,7 @@ pub fn build(b: &mut GraphBuilder<'_>, config: &TextConfig, weights: &Weights) -
     let per_token = TensorType::i32(Rows::Tokens, 1);
     let ids = b.input("ids", per_token);
     let sources = b.input("sources", per_token);
-    let image_rows = b.input("image_rows", TensorType::f32(Rows::Tokens, width));
+    let image_rows = b.input("image_rows", b.float(Rows::Tokens, width));
     let positions = b.input("positions", per_token);
     let slots = b.input("slots", per_token);
     let table_starts = b.input("table_starts", per_token);
@@ -75,8 +75,8 @@ pub fn build(b: &mut GraphBuilder<'_>, config: &TextConfig, weights: &Weights) -
     let norm = Op::RmsNorm { eps: config.rms_norm_eps };
     let x = b.push("norm", norm, &[x], &[weights.vector("lm.norm.weight", width)?])?;
     let head = if config.tie_word_embeddings { "lm.embed_tokens" } else { "lm.head" };
-    let logits =
-        linear(b, weights, "lm_head", &[x], &[(head.into(), vocab, width)], false, Activation::None)?;
+    let wide = Op::Linear { act: Activation::None, bias: false, residual: false, wide: true, pairs: vec![] };
+    let logits = linear(b, weights, "lm_head", wide, &[x], &[(head.into(), vocab, width)])?;
     b.keep(logits);
     let next = b.push("sample", Op::Sample, &[logits, params, seen], &[])?;
     b.keep(next);
@@ -122,19 +122,19 @@ fn block(
     let norm = |part: &str| weights.vector(&name(&format!("{part}.weight")), width);
 
     b.scope(format_args!("layers.{layer}."));
-    let pages = TensorType::f32(Rows::Pages, kv_heads * head_dim * PAGE);
+    let pages = b.float(Rows::Pages, kv_heads * head_dim * PAGE);
     let k = b.state(format!("layers.{layer}.k"), pages);
     let v = b.state(format!("layers.{layer}.v"), pages);
 
     let (q_width, kv_width) = (heads * head_dim, kv_heads * head_dim);
     let h = b.push("input_norm", Op::RmsNorm { eps }, &[x], &[norm("input_layernorm")?])?;
-    let (bias, none) = (config.attention_bias, Activation::None);
+    let projection = Op::linear(Activation::None, config.attention_bias, false);
     let qkv = [
         (name("self_attn.q_proj"), q_width, width),
         (name("self_attn.k_proj"), kv_width, width),
         (name("self_attn.v_proj"), kv_width, width),
     ];
-    let qkv = linear(b, weights, "qkv", &[h], &qkv, bias, none)?;
+    let qkv = linear(b, weights, "qkv", projection.clone(), &[h], &qkv)?;
     let rope = Op::RopeAppend { heads, kv_heads, head_dim };
     let q = b.push("rope", rope, &[qkv, step.positions, step.slots, step.rope, k, v], &[])?;
     let attention = Op::PagedAttention { heads, kv_heads, head_dim };
@@ -150,13 +150,15 @@ fn block(
         false => (x, a),
     };
     let o = [(name("self_attn.o_proj"), width, q_width)];
-    let o = linear(b, weights, "out", &[a], &o, bias, none)?;
+    let o = linear(b, weights, "out", projection, &[a], &o)?;
     let post = norm("post_attention_layernorm")?;
     let sum = b.push_all("post_attention_norm", Op::AddRmsNorm { eps }, &[x, o], &[post])?;
     let (x, h) = (sum[0], sum[1]);
 
     let bias = config.mlp_bias;
     let gate_up = [(name("mlp.gate_proj"), inner, width), (name("mlp.up_proj"), inner, width)];
-    let h = gated_linear(b, weights, "gate_up", h, gate_up, bias)?;
-    linear(b, weights, "down", &[h, x], &[(name("mlp.down_proj"), width, inner)], bias, none)
+    let gated = Op::GatedLinear { bias, pairs: vec![] };
+    let h = linear(b, weights, "gate_up", gated, &[h], &gate_up)?;
+    let down = [(name("mlp.down_proj"), width, inner)];
+    linear(b, weights, "down", Op::linear(Activation::None, bias, true), &[h, x], &down)
 }

@@ -6,7 +6,7 @@ use super::linear::linear;
 use super::weights::Weights;
 use crate::error::Result;
 use crate::graph::{GraphBuilder, ValueId};
-use crate::op::Activation;
+use crate::op::{Activation, Op};
 
 /// Builds the projector over `features` `[rows, in]`; the result is `[rows, text hidden size]`.
 ///
@@ -22,6 +22,7 @@ pub fn projector(
     let ProjectorConfig { input_size, hidden_size, bias } = *config;
     let first = [("projector.linear_1".into(), hidden_size, input_size)];
     let second = [("projector.linear_2".into(), hidden_size, hidden_size)];
-    let h = linear(b, weights, "linear_1", &[features], &first, bias, Activation::GeluErf)?;
-    linear(b, weights, "linear_2", &[h], &second, bias, Activation::None)
+    let h =
+        linear(b, weights, "linear_1", Op::linear(Activation::GeluErf, bias, false), &[features], &first)?;
+    linear(b, weights, "linear_2", Op::linear(Activation::None, bias, false), &[h], &second)
 }

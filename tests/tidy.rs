@@ -131,6 +131,7 @@ fn unsafe_lives_in_few_files() {
             "src/input/image/resize.rs",
             "src/graph/exec.rs",
             "src/runtime/batch.rs",
+            "src/runtime/clip.rs",
             "src/runtime/session.rs",
             "src/runtime/kv.rs",
             "src/model/checkpoint",

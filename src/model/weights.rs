@@ -2,7 +2,7 @@
 //! graph asks for a tensor by its canonical name and the shape it must have.
 
 use super::checkpoint::LoadMode;
-use super::lora::{Adapter, Lora, LowRank};
+use super::lora::{Adapter, Lora, LowRank, MAX_ADAPTERS};
 use super::names::{self, Layout};
 use crate::error::{Error, Result};
 use crate::tensor::{DType, Storage, Weight, WeightBytes};
@@ -142,6 +142,17 @@ impl Weights {
         }
         self.adapters.push(adapter);
         Ok(())
+    }
+
+    /// Lays all of these adapters beside these weights.
+    ///
+    /// # Errors
+    /// As for [`adapt`](Weights::adapt); [`Error::Option`] if they are too many.
+    pub fn adapt_all(&mut self, adapters: &[Lora], mode: LoadMode) -> Result<()> {
+        if adapters.len() > MAX_ADAPTERS {
+            return Err(Error::option("--lora", format!("at most {MAX_ADAPTERS} adapters"), adapters.len()));
+        }
+        adapters.iter().try_for_each(|lora| self.adapt(lora, mode))
     }
 
     /// The adapters, in the order in which they were added.

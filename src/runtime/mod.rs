@@ -2,9 +2,11 @@
 //! and the engine that turns pictures and questions into text.
 //!
 //! [`Model`] is shared and read-only: configuration, tokenizer, graphs, weights. [`Session`] owns what a
-//! running model writes to: one arena and the KV cache. [`Engine`] is a session with a front desk.
+//! running model writes to: one arena and the KV cache. [`Engine`] is a session with a front desk. [`Clip`] is
+//! CLIP by itself.
 
 pub mod batch;
+pub mod clip;
 pub mod engine;
 pub mod kv;
 pub mod model;

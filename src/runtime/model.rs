@@ -12,7 +12,7 @@ use crate::model::config::{GenerationConfig, ModelConfig};
 use crate::model::json;
 use crate::model::llama::Llama;
 use crate::model::llava::{self, Language, Vision};
-use crate::model::lora::{Lora, MAX_ADAPTERS};
+use crate::model::lora::Lora;
 use crate::model::preset::Preset;
 use crate::model::weights::Weights;
 use crate::tensor::DType;
@@ -57,7 +57,7 @@ impl Source {
     }
 
     /// The same, or an error for a directory that is not there: most likely a name misspelt.
-    fn existing_folder(&self) -> Result<Folder> {
+    pub(super) fn existing_folder(&self) -> Result<Folder> {
         match self {
             Source::Directory(dir) if !dir.is_dir() => Err(Error::checkpoint(
                 dir,
@@ -195,11 +195,7 @@ impl Model {
                 (config, generation, Weights::open(&folder, options.load_mode)?)
             }
         };
-        if options.lora.len() > MAX_ADAPTERS {
-            let expected = format!("at most {MAX_ADAPTERS} adapters");
-            return Err(Error::option("--lora", expected, options.lora.len()));
-        }
-        options.lora.iter().try_for_each(|lora| weights.adapt(lora, options.load_mode))?;
+        weights.adapt_all(&options.lora, options.load_mode)?;
         let vision = llava::vision(&*backend, &config, &weights)?;
         let language = llava::language(&*backend, &config, &weights)?;
         let mut preprocess = preprocess_of(source, &config)?;
@@ -299,24 +295,30 @@ pub fn load_preprocess(source: &Source) -> Result<Preprocess> {
 /// A configuration that cannot be used, or one whose pixels would not fit the tower.
 fn preprocess_of(source: &Source, config: &ModelConfig) -> Result<Option<Preprocess>> {
     let Some(vision) = &config.vision else { return Ok(None) };
+    match source {
+        Source::Preset(_) => Ok(Some(Preprocess::clip(vision.image_size))),
+        Source::Demo | Source::Directory(_) => preprocess_for(&source.folder(), vision.image_size).map(Some),
+    }
+}
+
+/// How pictures become pixels for a tower that reads squares of `image_size`.
+///
+/// # Errors
+/// A configuration that cannot be used, or one whose pixels would not fit the tower.
+pub(super) fn preprocess_for(folder: &Folder, image_size: usize) -> Result<Preprocess> {
     const FILE: &str = "preprocessor_config.json";
-    let folder = source.folder();
-    let processor = match source {
-        Source::Preset(_) => None,
-        Source::Demo | Source::Directory(_) => json::find_object(&folder, FILE)?,
-    };
     let file = folder.path(FILE);
-    let processor = match processor {
-        None => Preprocess::clip(vision.image_size),
+    let processor = match json::find_object(folder, FILE)? {
+        None => Preprocess::clip(image_size),
         Some(map) => Preprocess::from_json(&file, &map.into())?,
     };
-    if processor.side() != vision.image_size {
+    if processor.side() != image_size {
         return Err(Error::Config {
             file,
             key: "crop_size".into(),
-            expected: format!("{}, the image_size of the vision tower", vision.image_size),
+            expected: format!("{image_size}, the image_size of the vision tower"),
             found: processor.side().to_string(),
         });
     }
-    Ok(Some(processor))
+    Ok(processor)
 }

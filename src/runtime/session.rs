@@ -384,7 +384,8 @@ impl Session {
     }
 }
 
-fn non_finite(position: usize, node: Option<String>) -> Error {
+/// An error about a step that made NaN or infinity, first in `node`.
+pub(super) fn non_finite(position: usize, node: Option<String>) -> Error {
     let node = node.unwrap_or_else(|| "unknown: it did not happen again".into());
     let hint = "; the checkpoint may hold NaN or infinite weights".to_string();
     Error::NonFinite { position, node, hint }

@@ -18,6 +18,7 @@ pub mod session;
 pub mod size;
 
 pub use batch::{Advance, Phase, Want};
+pub use clip::{Clip, Embedding, softmax};
 pub use engine::{Engine, ImageHandle};
 pub use model::{LoadOptions, Model, Source};
 pub use request::{Completion, FinishReason, Input, Request};

@@ -91,7 +91,7 @@ impl Adapter {
                         return Err(Error::checkpoint(weights.file(tensor.file), problem));
                     }
                 }
-                Part::Whole(name) => adapter.replace(name, tensor, &weights, base)?,
+                Part::Whole(name) => adapter.replace(&name, tensor, &weights, base)?,
                 Part::Unknown(why) => return Err(refused(&tensor.name, why)),
             }
         }
@@ -106,7 +106,7 @@ impl Adapter {
                         "no part of a low-rank pair: those are in adapter_model",
                     ));
                 };
-                adapter.replace(name, tensor, &others, base)?;
+                adapter.replace(&name, tensor, &others, base)?;
             }
         }
         if adapter.pairs.is_empty() && adapter.replacements.is_empty() {
@@ -203,15 +203,16 @@ impl Adapter {
 enum Part<'a> {
     /// A (0) or B (1) of the pair beside a module.
     Half(&'a str, usize),
-    /// A tensor of the model.
-    Whole(&'a str),
+    /// A tensor of the model, by the name it has there.
+    Whole(String),
     /// Neither; why.
     Unknown(&'static str),
 }
 
 impl<'a> Part<'a> {
-    /// peft calls a tensor `base_model.model.MODULE.lora_A.weight`. Of a state dict saved raw the name of the
-    /// adapter, `default`, stands before `weight`, and whole modules lie under `modules_to_save`.
+    /// peft calls a tensor `base_model.model.MODULE.lora_A.weight`; of a state dict saved raw the name of the
+    /// adapter, `default`, stands before `weight`. Beside the pair of an output head it saves the head itself, as
+    /// `base_layer`; modules that were trained whole (`modules_to_save`) have the names they have in the model.
     fn of(name: &'a str) -> Self {
         let inner = name.strip_prefix("base_model.model.").unwrap_or(name);
         for (half, part) in [".lora_A.", ".lora_B."].into_iter().enumerate() {
@@ -229,10 +230,10 @@ impl<'a> Part<'a> {
         if inner.contains(".lora_embedding_") {
             return Part::Unknown("no adapter of an embedding: only linear layers have adapters here");
         }
-        if inner.contains(".lora_") || inner.contains(".modules_to_save.") || inner.contains(".base_layer.") {
+        if [".lora_", ".modules_to_save.", ".original_module."].iter().any(|part| inner.contains(part)) {
             return Part::Unknown("a file that peft's save_pretrained wrote, not a raw state dict");
         }
-        Part::Whole(inner)
+        Part::Whole(inner.replace(".base_layer.", "."))
     }
 }
 

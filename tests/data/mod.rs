@@ -4,6 +4,7 @@ use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 use std::fmt;
 use std::path::PathBuf;
+use tessera::model::lora::Lora;
 
 /// A case: a checkpoint, prompts, pictures, and what the reference made of them.
 pub struct Case {
@@ -56,6 +57,16 @@ impl Case {
     /// The checkpoint, which may be another case's.
     pub fn model(&self) -> PathBuf {
         self.folder.join(self.json["model"].as_str().unwrap())
+    }
+
+    /// The adapters that the reference had merged into the checkpoint.
+    pub fn lora(&self) -> Vec<Lora> {
+        let list = self.json["adapters"].as_array().into_iter().flatten();
+        list.map(|adapter| Lora {
+            dir: self.folder.join(adapter["folder"].as_str().unwrap()),
+            scale: adapter["scale"].as_f64().unwrap(),
+        })
+        .collect()
     }
 
     /// The bytes of a picture as the reference decoded it: a JPEG has its pixels beside it, because

@@ -4,13 +4,15 @@ use super::options::{ModelArgs, SessionArgs, format_size};
 use crate::error::{Error, Result};
 use crate::graph::Executor;
 use crate::input::image::ImageMode;
-use crate::model::config::{ModelConfig, SelectStrategy};
+use crate::model::config::{ModelConfig, Pooling, SelectStrategy, VisionConfig};
+use crate::model::lora::Adapter;
+use crate::model::names::Layout;
 use crate::model::weights::{TensorInfo, Weights};
 use crate::op::{Cost, KvExtent};
-use crate::runtime::{Model, Session};
+use crate::runtime::{Clip, Model, Session};
 use crate::tensor::{Bindings, View};
 use clap::{Args, ValueEnum};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 /// Options of `tessera inspect`.
@@ -45,6 +47,9 @@ enum GraphName {
 impl Inspect {
     pub fn run(self) -> Result<()> {
         let (source, load) = self.model.load_options()?;
+        if source.is_clip()? {
+            return self.clip(&Clip::load(&source, &load)?);
+        }
         let model = Arc::new(Model::load(&source, &load)?);
         if self.tensors {
             return super::print(&tensor_list(model.weights()));
@@ -53,6 +58,17 @@ impl Inspect {
         super::print(&match self.graph {
             Some(graph) => self.listing(&session, graph)?,
             None => card(&session),
+        })
+    }
+
+    /// CLIP by itself has no sessions: its card, or its tensors.
+    fn clip(&self, clip: &Clip) -> Result<()> {
+        if self.graph.is_some() {
+            return Err(Error::option("--graph", "a model that `tessera run` takes", "a CLIP"));
+        }
+        super::print(&match self.tensors {
+            true => tensor_list(clip.weights()),
+            false => clip_card(clip),
         })
     }
 
@@ -160,6 +176,7 @@ fn card(session: &Session) -> String {
     lines.push(("positions", format!("{}, {}", t.max_positions, t.rope)));
     lines.push(("end of text", format!("{:?}", model.eos_token_ids())));
     lines.push(("chat template", model.prompter().template().name().into()));
+    lines.extend(adapter_lines(model.weights()));
     lines.push(("device", model.backend().describe()));
     let plan = session.memory();
     lines.push((
@@ -179,9 +196,80 @@ fn card(session: &Session) -> String {
         "row results",
         "the same bits in any batch, chunk, page layout and thread count, on every instruction set".into(),
     ));
-    let mut text: String = lines.iter().map(|(key, value)| format!("{key:<15} {value}\n")).collect();
-    text += &tensor_table(model.weights());
-    text
+    show(&lines, model.weights())
+}
+
+/// The card of a CLIP by itself.
+fn clip_card(clip: &Clip) -> String {
+    let (config, weights) = (clip.config(), clip.weights());
+    let mut lines = vec![("model", clip.name().to_string()), ("layout", weights.layout().to_string())];
+    if let Some(v) = &config.vision {
+        lines.push(("vision tower", tower_line(v, v.num_layers)));
+    }
+    if let Some(t) = &config.text {
+        let pooling = match t.pooling {
+            Pooling::LargestId => "the largest id (eos_token_id is 2)".into(),
+            Pooling::First(id) => format!("the first {id}"),
+        };
+        lines.push((
+            "text tower",
+            format!(
+                "{} blocks, width {}, {} heads of {}, MLP {}, vocabulary {}, {} positions, pooled at {pooling}",
+                t.num_layers,
+                t.hidden_size,
+                t.num_heads,
+                t.hidden_size / t.num_heads,
+                t.intermediate_size,
+                t.vocab_size,
+                t.max_positions,
+            ),
+        ));
+    }
+    lines.push(("shared space", format!("{} columns", config.projection_dim)));
+    lines.extend(adapter_lines(weights));
+    lines.push(("device", clip.backend().describe()));
+    show(&lines, weights)
+}
+
+/// Key and value a line, and the table of tensors.
+fn show(lines: &[(&str, String)], weights: &Weights) -> String {
+    let text: String = lines.iter().map(|(key, value)| format!("{key:<15} {value}\n")).collect();
+    text + &tensor_table(weights)
+}
+
+/// One line for each adapter: ranks, scales, and what it is added to.
+fn adapter_lines(weights: &Weights) -> Vec<(&'static str, String)> {
+    let layout = weights.layout();
+    weights.adapters().iter().map(|adapter| ("adapter", adapter_line(adapter, layout))).collect()
+}
+
+fn adapter_line(adapter: &Adapter, layout: Layout) -> String {
+    let part = |name: &str| {
+        let spelt = layout.spell(name);
+        let module = spelt.rsplit('.').nth(1).unwrap_or(&spelt).to_string();
+        if name.starts_with("vision.") { format!("vision {module}") } else { module }
+    };
+    let (mut ranks, mut scales) = (BTreeSet::new(), BTreeSet::new());
+    let mut targets: BTreeMap<String, usize> = BTreeMap::new();
+    for (name, pair) in adapter.pairs() {
+        ranks.insert(pair.a.rows);
+        scales.insert(pair.scale.to_string());
+        *targets.entry(part(name)).or_default() += 1;
+    }
+    let join = |items: Vec<String>| items.join(", ");
+    let mut line = adapter.dir().display().to_string();
+    if !targets.is_empty() {
+        let kind = if adapter.config().rank_stabilised { "rsLoRA" } else { "LoRA" };
+        let ranks = join(ranks.iter().map(usize::to_string).collect());
+        let scales = join(scales.into_iter().collect());
+        let targets = join(targets.iter().map(|(part, count)| format!("{part} x{count}")).collect());
+        line += &format!(": {kind}, rank {ranks}, scale {scales}, on {targets}");
+    }
+    let replaced: Vec<_> = adapter.replacements().map(|name| layout.spell(name)).collect();
+    if !replaced.is_empty() {
+        line += &format!("; replaces {}", join(replaced));
+    }
+    line
 }
 
 fn vision_lines(model: &Model, config: &ModelConfig) -> Vec<(&'static str, String)> {
@@ -197,21 +285,7 @@ fn vision_lines(model: &Model, config: &ModelConfig) -> Vec<(&'static str, Strin
         ImageMode::Pad => "pad: put on a square of the mean colour",
     });
     vec![
-        (
-            "vision tower",
-            format!(
-                "CLIP, {} of {} blocks run, width {}, {} heads of {}, MLP {}, {}x{} pixels in patches of {}",
-                blocks,
-                v.num_layers,
-                v.hidden_size,
-                v.num_heads,
-                v.head_dim,
-                v.intermediate_size,
-                v.image_size,
-                v.image_size,
-                v.patch_size,
-            ),
-        ),
+        ("vision tower", tower_line(v, blocks)),
         (
             "image features",
             format!(
@@ -224,6 +298,21 @@ fn vision_lines(model: &Model, config: &ModelConfig) -> Vec<(&'static str, Strin
         ("image mode", mode.unwrap_or("none").into()),
         ("EXIF rotation", "applied, as by Hugging Face's loader".into()),
     ]
+}
+
+fn tower_line(v: &VisionConfig, blocks: usize) -> String {
+    format!(
+        "CLIP, {} of {} blocks run, width {}, {} heads of {}, MLP {}, {}x{} pixels in patches of {}",
+        blocks,
+        v.num_layers,
+        v.hidden_size,
+        v.num_heads,
+        v.head_dim,
+        v.intermediate_size,
+        v.image_size,
+        v.image_size,
+        v.patch_size,
+    )
 }
 
 /// Tensors with the layer number left out: one line for all layers.

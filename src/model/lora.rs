@@ -26,7 +26,8 @@ pub const MAX_ADAPTERS: usize = crate::op::MAX_PAIRS / 3;
 pub struct Lora {
     /// Where it is.
     pub dir: PathBuf,
-    /// What its own scale is multiplied by: 1 as it was trained, 0 for no effect.
+    /// What the scale of its pairs is multiplied by: 1 as it was trained, 0 for no effect. Tensors that it
+    /// replaces are replaced whatever the scale.
     pub scale: f64,
 }
 

@@ -8,7 +8,7 @@ use crate::graph::Graph;
 use crate::input::image::{ImageMode, Preprocess};
 use crate::input::prompt::{ChatTemplate, Prompter};
 use crate::model::checkpoint::LoadMode;
-use crate::model::config::{GenerationConfig, ModelConfig};
+use crate::model::config::{ClipConfig, GenerationConfig, ModelConfig};
 use crate::model::json;
 use crate::model::llama::Llama;
 use crate::model::llava::{self, Language, Vision};
@@ -64,6 +64,20 @@ impl Source {
                 "is not a directory; a model is `demo`, `preset:NAME` or a checkpoint directory",
             )),
             source => Ok(source.folder()),
+        }
+    }
+
+    /// Whether this is a CLIP by itself, as far as its `config.json` says: a model for
+    /// [`Clip`](super::Clip), not for [`Model`].
+    ///
+    /// # Errors
+    /// A `config.json` that is missing or malformed.
+    pub fn is_clip(&self) -> Result<bool> {
+        match self {
+            Source::Demo | Source::Preset(_) => Ok(false),
+            Source::Directory(_) => {
+                Ok(ClipConfig::is_clip(&json::read_object(&self.existing_folder()?, "config.json")?))
+            }
         }
     }
 

@@ -8,9 +8,10 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use tessera::backend::Prepared;
 use tessera::graph::Control;
 use tessera::model::lora::Lora;
-use tessera::runtime::{Advance, Engine, Input, LoadOptions, Model, Request, Sampling, Session};
+use tessera::runtime::{Advance, Engine, Input, LoadOptions, Model, Phase, Request, Sampling, Session};
 use tessera::runtime::{SessionOptions, Source, Want};
 
 fn data(path: &str) -> PathBuf {
@@ -46,7 +47,7 @@ fn logits(session: &mut Session, chunk: usize) -> Vec<f32> {
     let mut all = Vec::new();
     while sequence.pending() > 0 {
         let tokens = sequence.pending().min(chunk);
-        let advance = Advance { sequence: &mut sequence, tokens, want: Want::All };
+        let advance = Advance { sequence: &mut sequence, tokens, want: Want::All, phase: Phase::Prefill };
         session.step(&mut [advance], &Control::default()).unwrap();
         for row in 0..tokens {
             let start = all.len();
@@ -104,7 +105,8 @@ fn nothing_is_copied() {
     let graphs = [model.language(), &model.vision().unwrap().graph];
     let weights: Vec<_> = graphs.iter().flat_map(|graph| &graph.weights).collect();
     let inside = |addr: usize| base.iter().any(|r| (r.start.addr()..r.end.addr()).contains(&addr));
-    let (own, added): (Vec<_>, Vec<_>) = weights.iter().partition(|weight| inside(weight.addr));
+    let (own, added): (Vec<&Prepared>, Vec<&Prepared>) =
+        weights.iter().partition(|weight| inside(weight.addr));
     let plain = load(&[], 1).unwrap();
     let count = plain.language().weights.len() + plain.vision().unwrap().graph.weights.len();
     assert_eq!(own.len(), count, "every weight of the model is in its file");
@@ -302,83 +304,90 @@ fn patterns_fit_as_in_peft() {
     assert_eq!(model.weights().adapters()[0].pairs().next().unwrap().1.scale, 4.0, "8 / sqrt 4");
 }
 
+/// What a test does to the sound adapter.
+type Edit = Box<dyn Fn(&mut Spoilt)>;
+
+/// Removes a tensor of the adapter.
+fn remove(name: String) -> Edit {
+    Box::new(move |s| drop(s.tensors.remove(&name)))
+}
+
+/// Puts a tensor of zeros there, or in the place of one.
+fn put(name: &str, shape: &'static [usize]) -> Edit {
+    let name = name.to_string();
+    Box::new(move |s| drop(s.tensors.insert(name.clone(), zeros(shape))))
+}
+
+/// The same among the tensors that are replaced whole.
+fn put_whole(name: &str, shape: &'static [usize]) -> Edit {
+    let name = name.to_string();
+    Box::new(move |s| drop(s.others.insert(name.clone(), zeros(shape))))
+}
+
+fn set(key: &'static str, value: Value) -> Edit {
+    Box::new(move |s| s.config[key] = value.clone())
+}
+
+/// Renames all tensors.
+fn rename(from: &'static str, to: &'static str) -> Edit {
+    Box::new(move |s| {
+        let tensors = std::mem::take(&mut s.tensors).into_iter();
+        s.tensors = tensors.map(|(name, tensor)| (name.replace(from, to), tensor)).collect();
+    })
+}
+
 /// Tensors that are wrong are named, with what was expected.
 #[test]
 fn tensors_that_do_not_fit_are_named() {
-    type Edit<'a> = &'a dyn Fn(&mut Spoilt);
-    let rename = |from: &str, to: &str| {
-        let (from, to) = (from.to_string(), to.to_string());
-        move |s: &mut Spoilt| {
-            let names: Vec<_> = s.tensors.keys().cloned().collect();
-            for name in names {
-                let tensor = s.tensors.remove(&name).unwrap();
-                s.tensors.insert(name.replace(&from, &to), tensor);
-            }
-        }
+    let (a, b) = (&*format!("{Q}.lora_A.weight"), &*format!("{Q}.lora_B.weight"));
+    let of_q = |part: &str| format!("{Q}.{part}");
+    let embedding = "base_model.model.model.language_model.embed_tokens.lora_embedding_A";
+    let saved = "base_model.model.lm_head.modules_to_save.default.weight";
+    let indices = {
+        let a = a.to_string();
+        move |s: &mut Spoilt| s.tensors.get_mut(&a).unwrap().0 = Dtype::I32
     };
-    let insert = |name: String, shape: &'static [usize]| {
-        move |s: &mut Spoilt| {
-            s.tensors.insert(name.clone(), zeros(shape));
-        }
+    let nothing = |s: &mut Spoilt| {
+        s.tensors.clear();
+        s.others.clear();
     };
-    let (a, b) = (format!("{Q}.lora_A.weight"), format!("{Q}.lora_B.weight"));
     let cases: Vec<(Edit, &str, &str)> = vec![
-        (&|s| drop(s.tensors.remove(&a)), &b, "lora_A of the same module"),
-        (&|s| drop(s.tensors.remove(&b)), &a, "lora_B of the same module"),
+        (remove(a.into()), b, "lora_A of the same module"),
+        (remove(b.into()), a, "lora_B of the same module"),
         // Rank: A and B by themselves, both against the settings, and none at all.
-        (&|s| drop(s.tensors.insert(a.clone(), zeros(&[5, 32]))), &a, "[4, 32]"),
-        (&|s| drop(s.tensors.insert(b.clone(), zeros(&[32, 5]))), &b, "[32, 4]"),
-        (&|s| s.config["r"] = json!(8), &a, "[8, 32]"),
-        (&|s| s.config["rank_pattern"] = json!({"q_proj": 2}), &a, "[2, 32]"),
-        (&|s| drop(s.tensors.insert(a.clone(), zeros(&[0, 32]))), &a, "[4, 32]"),
-        // Another model's: wider, or with more heads.
-        (&|s| drop(s.tensors.insert(a.clone(), zeros(&[4, 64]))), &a, "[4, 32]"),
-        (&|s| drop(s.tensors.insert(b.clone(), zeros(&[64, 4]))), &b, "[32, 4]"),
-        (&rename("layers.0.", "layers.2."), "layers.2.self_attn", "layers.2.self_attn.q_proj.weight"),
-        (&rename("q_proj", "qkv_proj"), "qkv_proj", "no such tensor"),
-        (&rename("model.language_model.layers.0", "transformer.h.0"), "transformer.h.0", "linear layer"),
-        (&rename("layers.0.self_attn.q_proj", "embed_tokens"), "embed_tokens", "linear layer"),
-        (&rename("layers.0.self_attn.q_proj", "layers.0.input_layernorm"), "input_layernorm", "linear layer"),
+        (put(a, &[5, 32]), a, "[4, 32]"),
+        (put(b, &[32, 5]), b, "[32, 4]"),
+        (set("r", json!(8)), a, "[8, 32]"),
+        (set("rank_pattern", json!({"q_proj": 2})), a, "[2, 32]"),
+        (put(a, &[0, 32]), a, "[4, 32]"),
+        // Another model's: wider, with more heads, deeper, of another family.
+        (put(a, &[4, 64]), a, "[4, 32]"),
+        (put(b, &[64, 4]), b, "[32, 4]"),
+        (rename("layers.0.", "layers.2."), "layers.2.self_attn", "layers.2.self_attn.q_proj.weight"),
+        (rename("q_proj", "qkv_proj"), "qkv_proj", "no such tensor"),
+        (rename("model.language_model.layers.0", "transformer.h.0"), "transformer.h.0", "linear layer"),
+        (rename("layers.0.self_attn.q_proj", "embed_tokens"), "embed_tokens", "linear layer"),
+        (rename("self_attn.q_proj", "input_layernorm"), "input_layernorm", "linear layer"),
         // Shapes and dtypes that are no matrices of numbers.
-        (&|s| drop(s.tensors.insert(a.clone(), zeros(&[128]))), &a, "[4, 32]"),
-        (&|s| drop(s.tensors.insert(a.clone(), zeros(&[4, 32, 1]))), &a, "[4, 32]"),
-        (&|s| s.tensors.get_mut(&a).unwrap().0 = Dtype::I32, &a, "F32, F16 or BF16"),
+        (put(a, &[128]), a, "[4, 32]"),
+        (put(a, &[4, 32, 1]), a, "[4, 32]"),
+        (Box::new(indices), a, "F32, F16 or BF16"),
         // What is no LoRA.
-        (&insert(format!("{Q}.lora_magnitude_vector"), &[32]), "magnitude", "DoRA"),
-        (&insert(format!("{Q}.lora_B.bias"), &[32]), "lora_B.bias", "lora_bias"),
-        (&insert(format!("{Q}.lora_C.weight"), &[32]), "lora_C", "save_pretrained"),
-        (&insert(format!("{Q}.lora_A.other.weight"), &[4, 32]), "other", "of one adapter"),
-        (
-            &insert("base_model.model.model.language_model.embed_tokens.lora_embedding_A".into(), &[4, 136]),
-            "embed_tokens",
-            "embedding",
-        ),
-        (
-            &insert("base_model.model.lm_head.modules_to_save.default.weight".into(), &[136, 32]),
-            "lm_head",
-            "raw state dict",
-        ),
-        (&insert("something.else".into(), &[1]), "something.else", "a tensor of the model"),
+        (put(&of_q("lora_magnitude_vector"), &[32]), "magnitude", "DoRA"),
+        (put(&of_q("lora_B.bias"), &[32]), "lora_B.bias", "lora_bias"),
+        (put(&of_q("lora_C.weight"), &[32]), "lora_C", "save_pretrained"),
+        (put(&of_q("lora_A.other.weight"), &[4, 32]), "other", "of one adapter"),
+        (put(embedding, &[4, 136]), "embed_tokens", "adapter of an embedding"),
+        (put(saved, &[136, 32]), "lm_head", "raw state dict"),
+        (put("something.else", &[1]), "something.else", "a tensor of the model"),
         // The same tensor twice.
-        (&insert(format!("{Q}.lora_A.default.weight"), &[4, 32]), "lora_A.default.weight", "the same tensor"),
+        (put(&of_q("lora_A.default.weight"), &[4, 32]), "lora_A.default.weight", "the same tensor"),
+        (put_whole("multi_modal_projector.linear_2.bias", &[32]), "linear_2.bias", "twice"),
         // Whole tensors.
-        (&|s| drop(s.others.insert(format!("{PROJECTOR}.weight"), zeros(&[32, 31]))), PROJECTOR, "[32, 32]"),
-        (
-            &|s| drop(s.others.insert("model.mm_projector.4.weight".into(), zeros(&[32, 32]))),
-            "mm_projector.4",
-            "adapter",
-        ),
-        (
-            &|s| drop(s.others.insert(format!("{Q}.lora_A.weight"), zeros(&[4, 32]))),
-            "lora_A",
-            "adapter_model",
-        ),
-        (
-            &|s| drop(s.others.insert("multi_modal_projector.linear_2.bias".into(), zeros(&[32]))),
-            "linear_2.bias",
-            "twice",
-        ),
-        (&|s| (s.tensors, s.others) = Default::default(), "adapter", "holds no tensors"),
+        (put_whole(&format!("{PROJECTOR}.weight"), &[32, 31]), PROJECTOR, "[32, 32]"),
+        (put_whole("model.mm_projector.9.weight", &[32, 32]), "mm_projector.9", "a tensor of the model"),
+        (put_whole(a, &[4, 32]), a, "adapter_model"),
+        (Box::new(nothing), "", "holds no tensors"),
     ];
     for (number, (edit, tensor, expected)) in cases.into_iter().enumerate() {
         let mut spoilt = Spoilt::new();

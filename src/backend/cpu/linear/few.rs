@@ -77,8 +77,8 @@ unsafe fn add_sums<L: Lanes, F: Format, const R: usize, const B: usize>(
         for row in 0..group.rows {
             for (block, start) in (span..end).step_by(K_BLOCK).enumerate() {
                 let count = K_BLOCK.min(end - start);
-                // SAFETY: the row has columns `start..start + count`, and so has x.
                 let w = group.row(row, start * size);
+                // SAFETY: the row has columns `start..start + count`, and so has x.
                 let sums = unsafe { advance::<L, F, R>(lanes, (w, ahead), x, start, count) };
                 for (partials, sum) in partials.iter_mut().zip(sums) {
                     // SAFETY: a line has sixteen elements.

@@ -192,7 +192,7 @@ fn half_a_model_does_its_half() {
         let expected = if part == "text" { whole.text("a fox") } else { whole.image(&name, &bytes) };
         assert_eq!(done, expected.unwrap(), "{part}");
         assert!(refused.to_string().contains("tower"), "{refused}");
-        let error = half.logits(&done, &[done.clone()]).unwrap_err().to_string();
+        let error = half.logits(&done, std::slice::from_ref(&done)).unwrap_err().to_string();
         assert!(error.contains("logit_scale"), "{error}");
     }
 }

@@ -70,7 +70,7 @@ impl ClipConfig {
     /// Reads `config.json` in `folder`.
     ///
     /// # Errors
-    /// [`Error::Config`] naming the key; for a model of another family, what to do with it.
+    /// [`Error::Config`](crate::Error::Config) naming the key; for a model of another family, what to do with it.
     pub fn load(folder: &Folder) -> Result<Self> {
         const FILE: &str = "config.json";
         Self::from_json(&json::read_object(folder, FILE)?, &folder.path(FILE))

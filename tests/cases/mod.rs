@@ -9,9 +9,9 @@
 
 pub mod bounds;
 #[allow(dead_code, reason = "each test program uses a part")]
-pub mod sampling;
-#[allow(dead_code, reason = "each test program uses a part")]
 mod pairs;
+#[allow(dead_code, reason = "each test program uses a part")]
+pub mod sampling;
 mod table;
 
 #[allow(unused_imports, reason = "each test program uses a part")]

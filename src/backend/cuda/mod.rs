@@ -151,7 +151,8 @@ impl Backend for CudaBackend {
 
     fn prepare(&self, op: &Op, weights: &[Weight]) -> Result<Vec<Prepared>> {
         if !op.pairs().is_empty() {
-            let problem = "the kernels of low-rank pairs are not written yet; without --lora, or on the CPU, it works";
+            let problem =
+                "the kernels of low-rank pairs are not written yet; without --lora, or on the CPU, it works";
             return Err(Error::Device { device: self.device.driver().name(), problem: problem.into() });
         }
         weights::prepare(&self.device, &self.tied, op, weights)

@@ -14,11 +14,12 @@ use tessera::runtime::{Phase, SessionOptions, Source, Want};
 
 /// Every case, and how many kinds of tensors it compares: a case that compares less than it holds is a
 /// defect of the test.
-const CASES: [(&str, usize); 15] = [
+const CASES: [(&str, usize); 17] = [
     ("a_llava15_new_bf16", 4),
     ("b_llava15_old_f16_sharded", 4),
     ("c_chat_on_a", 1),
     ("d_batch_on_a", 1),
+    ("h_lora_on_a", 2),
     ("j_llama_chatml_f32", 1),
     ("names_saved_v5", 4),
     ("names_memory_v5", 4),
@@ -30,13 +31,15 @@ const CASES: [(&str, usize); 15] = [
     ("e2_original_marks", 4),
     ("e3_original_inside", 4),
     ("e4_original_identity", 4),
+    ("lora_two", 2),
 ];
 
 fn engine(case: &Case, backend: Arc<dyn Backend>) -> Engine {
     let kv_memory = Some(256 << 20);
     let options = SessionOptions { all_logits: true, kv_memory, max_sequences: 4, ..Default::default() };
     let source = Source::Directory(case.model());
-    let model = Model::load_on(backend, &source, &LoadOptions::default()).unwrap();
+    let load = LoadOptions { lora: case.lora(), ..LoadOptions::default() };
+    let model = Model::load_on(backend, &source, &load).unwrap();
     let mut engine = Engine::new(Session::new(Arc::new(model), options).unwrap());
     engine.keep_intermediates = true;
     engine
@@ -54,7 +57,7 @@ fn models_agree_with_the_reference() {
 /// The oracle of the op tests is held to the same values, on the smaller cases.
 #[test]
 fn the_oracle_agrees_with_the_reference() {
-    check(&CASES[5..], &|| Arc::new(Oracle));
+    check(&CASES[6..], &|| Arc::new(Oracle));
 }
 
 fn check(cases: &[(&str, usize)], backend: &dyn Fn() -> Arc<dyn Backend>) {

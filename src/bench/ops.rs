@@ -67,7 +67,7 @@ pub fn time_linear(
         let bytes =
             WeightBytes::new(storage.clone(), copy * bytes, bytes).expect("a copy inside the storage");
         let weight = Weight { name: format!("w{copy}"), dtype, rows: n, cols: k, bytes };
-        let op = Op::Linear { act: Activation::None, bias: false, residual: false, wide: false };
+        let op = Op::linear(Activation::None, false, false);
         b.push(&format!("linear{copy}"), op, &[x], &[weight])?;
     }
     let graph = Arc::new(b.finish());

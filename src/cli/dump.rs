@@ -14,6 +14,11 @@ struct Tensor {
     bytes: Vec<u8>,
 }
 
+/// Makes sure that `path` can be written, before the work whose results it will hold.
+pub fn create(path: &Path) -> Result<()> {
+    std::fs::File::create(path).map(drop).map_err(|source| Error::io(path, source))
+}
+
 /// Writes `pixel_values` [n,3,S,S], `vision_hidden` [n,rows,D], `image_features` [rows,D], `input_ids` [T],
 /// `logits` [T,V] and `generated_ids` [n] to `path`.
 pub fn write(path: &Path, images: &[ImageHandle], answer: &Completion) -> Result<()> {
@@ -59,7 +64,16 @@ fn ids(name: &'static str, values: &[u32]) -> Tensor {
 
 /// Writes the pixels of several pictures, as `preprocess --out` does.
 pub fn write_pixels(path: &Path, side: usize, pictures: &[Vec<f32>]) -> Result<()> {
-    let tensor = f32s("pixel_values", &[pictures.len(), 3, side, side], &pictures.concat());
+    write_one(path, f32s("pixel_values", &[pictures.len(), 3, side, side], &pictures.concat()))
+}
+
+/// Writes vectors of one length as the rows of a tensor.
+pub fn write_rows(path: &Path, name: &'static str, rows: &[Vec<f32>]) -> Result<()> {
+    let cols = rows.first().map_or(0, Vec::len);
+    write_one(path, f32s(name, &[rows.len(), cols], &rows.concat()))
+}
+
+fn write_one(path: &Path, tensor: Tensor) -> Result<()> {
     let invalid = |error: safetensors::SafeTensorError| Error::io(path, std::io::Error::other(error));
     let view = TensorView::new(tensor.dtype, tensor.shape.clone(), &tensor.bytes).map_err(invalid)?;
     safetensors::serialize_to_file([(tensor.name, view)], None, path).map_err(invalid)

@@ -5,13 +5,15 @@ use crate::backend::cpu::physical_memory;
 use crate::error::{Error, Result};
 use crate::graph::{Graph, Plan};
 use crate::input::image::ImageMode;
-use crate::model::config::{ModelConfig, ProjectorConfig, Reference, SelectStrategy};
+use crate::model::config::{ModelConfig, Pooling, ProjectorConfig, Reference, SelectStrategy, VisionConfig};
+use crate::model::lora::Adapter;
+use crate::model::names::Layout;
 use crate::model::weights::{TensorInfo, Weights};
 use crate::op::{Cost, KvExtent};
-use crate::runtime::{LoadOptions, MemoryPlan, Model, SessionPlan};
+use crate::runtime::{Clip, LoadOptions, MemoryPlan, Model, SessionPlan};
 use crate::tensor::{Bindings, View};
 use clap::{Args, ValueEnum};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Options of `tessera inspect`.
 #[derive(Debug, Args)]
@@ -45,6 +47,9 @@ enum GraphName {
 impl Inspect {
     pub fn run(self) -> Result<()> {
         let (source, load) = self.model.load_options()?;
+        if source.is_clip()? {
+            return self.clip(&Clip::load(&source, &load)?);
+        }
         // Nothing is computed, so nothing is drawn or allocated: a model may be larger than the machine.
         let model = Model::load(&source, &LoadOptions { preset_values: false, ..load })?;
         if self.tensors {
@@ -54,6 +59,17 @@ impl Inspect {
         super::print(&match self.graph {
             Some(graph) => self.listing(&model, &plan, graph)?,
             None => card(&model, &plan.memory),
+        })
+    }
+
+    /// CLIP by itself has no sessions: its card, or its tensors.
+    fn clip(&self, clip: &Clip) -> Result<()> {
+        if self.graph.is_some() {
+            return Err(Error::option("--graph", "a model that `tessera run` takes", "a CLIP"));
+        }
+        super::print(&match self.tensors {
+            true => tensor_list(clip.weights()),
+            false => clip_card(clip),
         })
     }
 
@@ -163,6 +179,7 @@ fn card(model: &Model, plan: &MemoryPlan) -> String {
     lines.push(("positions", format!("{}, {}", t.max_positions, t.rope)));
     lines.push(("end of text", format!("{:?}", model.eos_token_ids())));
     lines.push(("chat template", model.prompter().template().name().into()));
+    lines.extend(adapter_lines(model.weights()));
     lines.push(("device", model.backend().describe()));
     lines.push((
         "memory plan",
@@ -184,9 +201,80 @@ fn card(model: &Model, plan: &MemoryPlan) -> String {
         "row results",
         "the same bits in any batch, chunk, page layout and thread count, on every instruction set".into(),
     ));
-    let mut text: String = lines.iter().map(|(key, value)| format!("{key:<15} {value}\n")).collect();
-    text += &tensor_table(model.weights());
-    text
+    show(&lines, model.weights())
+}
+
+/// The card of a CLIP by itself.
+fn clip_card(clip: &Clip) -> String {
+    let (config, weights) = (clip.config(), clip.weights());
+    let mut lines = vec![("model", clip.name().to_string()), ("layout", weights.layout().to_string())];
+    if let Some(v) = &config.vision {
+        lines.push(("vision tower", tower_line(v, "", v.num_layers)));
+    }
+    if let Some(t) = &config.text {
+        let pooling = match t.pooling {
+            Pooling::LargestId => "the largest id (eos_token_id is 2)".into(),
+            Pooling::First(id) => format!("the first {id}"),
+        };
+        lines.push((
+            "text tower",
+            format!(
+                "{} blocks, width {}, {} heads of {}, MLP {}, vocabulary {}, {} positions, pooled at {pooling}",
+                t.num_layers,
+                t.hidden_size,
+                t.num_heads,
+                t.hidden_size / t.num_heads,
+                t.intermediate_size,
+                t.vocab_size,
+                t.max_positions,
+            ),
+        ));
+    }
+    lines.push(("shared space", format!("{} columns", config.projection_dim)));
+    lines.extend(adapter_lines(weights));
+    lines.push(("device", clip.backend().describe()));
+    show(&lines, weights)
+}
+
+/// Key and value a line, and the table of tensors.
+fn show(lines: &[(&str, String)], weights: &Weights) -> String {
+    let text: String = lines.iter().map(|(key, value)| format!("{key:<15} {value}\n")).collect();
+    text + &tensor_table(weights)
+}
+
+/// One line for each adapter: ranks, scales, and what it is added to.
+fn adapter_lines(weights: &Weights) -> Vec<(&'static str, String)> {
+    let layout = weights.layout();
+    weights.adapters().iter().map(|adapter| ("adapter", adapter_line(adapter, layout))).collect()
+}
+
+fn adapter_line(adapter: &Adapter, layout: Layout) -> String {
+    let part = |name: &str| {
+        let spelt = layout.spell(name);
+        let module = spelt.rsplit('.').nth(1).unwrap_or(&spelt).to_string();
+        if name.starts_with("vision.") { format!("vision {module}") } else { module }
+    };
+    let (mut ranks, mut scales) = (BTreeSet::new(), BTreeSet::new());
+    let mut targets: BTreeMap<String, usize> = BTreeMap::new();
+    for (name, pair) in adapter.pairs() {
+        ranks.insert(pair.a.rows);
+        scales.insert(pair.scale.to_string());
+        *targets.entry(part(name)).or_default() += 1;
+    }
+    let join = |items: Vec<String>| items.join(", ");
+    let mut line = adapter.dir().display().to_string();
+    if !targets.is_empty() {
+        let kind = if adapter.config().rank_stabilised { "rsLoRA" } else { "LoRA" };
+        let ranks = join(ranks.iter().map(usize::to_string).collect());
+        let scales = join(scales.into_iter().collect());
+        let targets = join(targets.iter().map(|(part, count)| format!("{part} x{count}")).collect());
+        line += &format!(": {kind}, rank {ranks}, scale {scales}, on {targets}");
+    }
+    let replaced: Vec<_> = adapter.replacements().map(|name| layout.spell(name)).collect();
+    if !replaced.is_empty() {
+        line += &format!("; replaces {}", join(replaced));
+    }
+    line
 }
 
 fn vision_lines(model: &Model, config: &ModelConfig) -> Vec<(&'static str, String)> {
@@ -204,21 +292,7 @@ fn vision_lines(model: &Model, config: &ModelConfig) -> Vec<(&'static str, Strin
     let apart =
         model.tower_folder().map_or(String::new(), |folder| format!(" of {}", folder.path("").display()));
     vec![
-        (
-            "vision tower",
-            format!(
-                "CLIP{apart}, {} of {} blocks run, width {}, {} heads of {}, MLP {}, {}x{} pixels in patches of {}",
-                blocks,
-                v.num_layers,
-                v.hidden_size,
-                v.num_heads,
-                v.head_dim,
-                v.intermediate_size,
-                v.image_size,
-                v.image_size,
-                v.patch_size,
-            ),
-        ),
+        ("vision tower", tower_line(v, &apart, blocks)),
         (
             "image features",
             format!(
@@ -254,6 +328,21 @@ fn reference_line(model: &Model) -> String {
     let penalty = if model.penalises_prompt() { "prompt and answer" } else { "the answer" };
     format!(
         "{whose}: EXIF rotation {exif}, text beside a picture tokenised {text}, repetition penalty counts {penalty}"
+    )
+}
+
+fn tower_line(v: &VisionConfig, apart: &str, blocks: usize) -> String {
+    format!(
+        "CLIP{apart}, {} of {} blocks run, width {}, {} heads of {}, MLP {}, {}x{} pixels in patches of {}",
+        blocks,
+        v.num_layers,
+        v.hidden_size,
+        v.num_heads,
+        v.head_dim,
+        v.intermediate_size,
+        v.image_size,
+        v.image_size,
+        v.patch_size,
     )
 }
 

@@ -3,6 +3,7 @@
 
 mod bench;
 mod chat;
+mod clip;
 mod devices;
 mod dump;
 mod eval;
@@ -32,6 +33,10 @@ enum Command {
     Run(run::Run),
     /// Talk: one turn a line, `/image FILE` shows a picture
     Chat(chat::Chat),
+    /// Tell which of several texts describes a picture best (CLIP)
+    Classify(clip::Classify),
+    /// Turn pictures or texts into vectors (CLIP)
+    Embed(clip::Embed),
     /// Describe a model: layout, dimensions, tensors, memory, graphs
     Inspect(inspect::Inspect),
     /// Show the pixels that the vision tower would see, with their SHA-256
@@ -72,6 +77,8 @@ impl Command {
         match self {
             Command::Run(command) => command.run(),
             Command::Chat(command) => command.run(),
+            Command::Classify(command) => command.run(),
+            Command::Embed(command) => command.run(),
             Command::Inspect(command) => command.run(),
             Command::Preprocess(command) => command.run(),
             Command::Eval(command) => command.run(),

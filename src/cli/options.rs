@@ -5,6 +5,7 @@ use crate::error::{Error, Result};
 use crate::input::image::ImageMode;
 use crate::model::checkpoint::LoadMode;
 use crate::model::config::Reference;
+use crate::model::lora::Lora;
 use crate::model::parts::TowerSearch;
 use crate::runtime::{LoadOptions, Sampling, SessionOptions, Source};
 use crate::tensor::DType;
@@ -17,6 +18,9 @@ pub struct ModelArgs {
     /// `demo` (built in), a checkpoint directory, or `preset:NAME` (random weights)
     #[arg(long, default_value = "demo")]
     pub model: String,
+    /// An adapter (peft) laid over the model, with a factor for its effect; may be given several times
+    #[arg(long, value_name = "DIR[:SCALE]", value_parser = parse_lora)]
+    pub lora: Vec<Lora>,
     /// Where the model runs
     #[arg(long, value_enum, default_value_t = Device::Auto)]
     pub device: Device,
@@ -140,6 +144,15 @@ pub enum Dtype {
     F16,
 }
 
+impl From<Load> for LoadMode {
+    fn from(load: Load) -> Self {
+        match load {
+            Load::Mmap => LoadMode::Mmap,
+            Load::Read => LoadMode::Read,
+        }
+    }
+}
+
 impl Dtype {
     /// The dtype of random weights.
     pub fn weights(self) -> DType {
@@ -159,10 +172,8 @@ impl ModelArgs {
             return Err(Error::option("--dtype", expected, format!("{:?}", self.dtype).to_lowercase()));
         }
         let options = LoadOptions {
-            load_mode: match self.load_mode {
-                Load::Mmap => LoadMode::Mmap,
-                Load::Read => LoadMode::Read,
-            },
+            load_mode: self.load_mode.into(),
+            lora: self.lora.clone(),
             threads: self.threads.map(usize::from),
             template: self.template.clone(),
             preset_dtype: self.dtype.weights(),
@@ -243,6 +254,11 @@ impl SamplingArgs {
 fn clock_seed() -> u64 {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
     (now.as_nanos() as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 40
+}
+
+/// `DIR` or `DIR:SCALE`.
+pub fn parse_lora(text: &str) -> std::result::Result<Lora, String> {
+    Lora::parse(text).map_err(|error| error.to_string())
 }
 
 /// Bytes from `1073741824`, `512MiB`, `512M`, `2GB`: K, M, G and T are powers of 1024, with or without

@@ -67,8 +67,7 @@ impl Run {
         let (source, load) = self.model.load_options()?;
         let (input, sources) = self.input()?;
         if let Some(path) = &self.dump {
-            // A path that cannot be written is better known before the work than after it.
-            std::fs::File::create(path).map_err(|source| Error::io(path, source))?;
+            dump::create(path)?;
         }
         let mut session = self.session.session_options();
         session.all_logits = self.dump.is_some();

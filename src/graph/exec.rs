@@ -56,7 +56,7 @@ impl Control {
 
 /// Most operands any op has.
 const MAX_INS: usize = 8;
-const MAX_WEIGHTS: usize = 8;
+const MAX_WEIGHTS: usize = 8 + 2 * crate::op::MAX_PAIRS;
 const MAX_OUTS: usize = 2;
 
 /// When a node ran, and on what.

@@ -7,6 +7,8 @@
 //! | `projector.X` | `linear_1.{weight,bias}`, `linear_2.{weight,bias}`, and so on |
 //! | `lm.X` | `embed_tokens.weight`, `layers.N.*`, `norm.weight` |
 //! | `lm.head.weight` | the output matrix, absent if it is tied to the embedding |
+//! | `text.X` | CLIP's text tower: `embeddings.*`, `encoder.layers.N.*`, `final_layer_norm.*` |
+//! | `visual_projection.weight`, `text_projection.weight`, `logit_scale` | the rest of a CLIP |
 //!
 //! X is spelt as transformers spells it.
 
@@ -31,17 +33,20 @@ pub enum Layout {
     Original,
     /// As `Original` with `model.mm_projector.*`: a projector of one layer has no number.
     OriginalLinear,
+    /// `vision_model.*`, `text_model.*`: CLIP by itself.
+    Clip,
 }
 
 impl Layout {
     /// The layout of a file with these tensor names.
     pub fn detect<'a>(names: impl Iterator<Item = &'a str>) -> Layout {
-        let (mut hub, mut state_dict, mut nested_tower) = (false, false, false);
+        let (mut hub, mut state_dict, mut nested_tower, mut clip) = (false, false, false, false);
         for name in names {
             if let Some((_, rest)) = name.split_once("mm_projector.") {
                 let numbered = rest.starts_with(|c: char| c.is_ascii_digit());
                 return if numbered { Layout::Original } else { Layout::OriginalLinear };
             }
+            clip |= name.starts_with("vision_model.") || name.starts_with("text_model.");
             let inner = name.strip_prefix("model.").unwrap_or(name);
             let multimodal = ["language_model.", "vision_tower.", "multi_modal_projector."];
             if multimodal.iter().any(|prefix| inner.starts_with(prefix)) {
@@ -55,6 +60,7 @@ impl Layout {
             (true, _, false) => Layout::HubFlatTower,
             (false, true, true) => Layout::StateDict,
             (false, true, false) => Layout::StateDictFlatTower,
+            (false, false, _) if clip => Layout::Clip,
             (false, false, _) => Layout::Llama,
         }
     }
@@ -68,14 +74,18 @@ impl Layout {
         let tower = match self {
             Layout::HubFlatTower | Layout::StateDictFlatTower => "vision_tower.",
             Layout::Original | Layout::OriginalLinear => "model.vision_tower.vision_tower.vision_model.",
+            Layout::Clip => "vision_model.",
             _ => "vision_tower.vision_model.",
         };
         let (lm, head) = match self {
             Layout::Hub | Layout::HubFlatTower => ("language_model.model.", "language_model.lm_head."),
             Layout::StateDict | Layout::StateDictFlatTower => ("model.language_model.", "lm_head."),
             Layout::Llama | Layout::Original | Layout::OriginalLinear => ("model.", "lm_head."),
+            Layout::Clip => ("", "lm_head."),
         };
-        if let Some(rest) = name.strip_prefix("vision.") {
+        if let Some(rest) = name.strip_prefix("text.") {
+            format!("text_model.{rest}")
+        } else if let Some(rest) = name.strip_prefix("vision.") {
             format!("{model}{tower}{rest}")
         } else if let Some(rest) = name.strip_prefix("projector.") {
             match self {
@@ -84,8 +94,10 @@ impl Layout {
             }
         } else if let Some(rest) = name.strip_prefix("lm.head.") {
             format!("{head}{rest}")
+        } else if let Some(rest) = name.strip_prefix("lm.") {
+            format!("{lm}{rest}")
         } else {
-            format!("{lm}{}", name.strip_prefix("lm.").unwrap_or(name))
+            name.into()
         }
     }
 
@@ -112,6 +124,7 @@ impl fmt::Display for Layout {
             Layout::Llama => "model.*, lm_head.weight (text model)",
             Layout::Original => "model.*, model.mm_projector.N.* (original LLaVA)",
             Layout::OriginalLinear => "model.*, model.mm_projector.* (original LLaVA, linear projector)",
+            Layout::Clip => "vision_model.*, text_model.* (CLIP)",
         })
     }
 }
@@ -124,6 +137,12 @@ pub fn canonical(name: &str) -> Option<String> {
         return None;
     }
     let name = name.strip_prefix("base_model.model.").unwrap_or(name);
+    if ["visual_projection.weight", "text_projection.weight", "logit_scale"].contains(&name) {
+        return Some(name.into());
+    }
+    if let Some(rest) = name.strip_prefix("text_model.") {
+        return Some(format!("text.{rest}"));
+    }
     let name = name.strip_prefix("model.").unwrap_or(name);
     if let Some(rest) = name.strip_prefix("vision_tower.") {
         let rest = rest.strip_prefix("vision_tower.").unwrap_or(rest);

@@ -2,6 +2,7 @@
 //! embeddings. LLaVA-1.5 has two layers, the first LLaVA one; none at all is the identity.
 
 use super::config::ProjectorConfig;
+use super::linear::linear;
 use super::weights::Weights;
 use crate::error::Result;
 use crate::graph::{GraphBuilder, ValueId};
@@ -22,12 +23,9 @@ pub fn projector(
     let mut x = features;
     for (layer, cols) in (1..).zip(config.inputs()) {
         let name = format!("linear_{layer}");
-        let mut operands = vec![weights.matrix(&format!("projector.{name}.weight"), rows, cols)?];
-        if bias {
-            operands.push(weights.vector(&format!("projector.{name}.bias"), rows)?);
-        }
         let act = if layer == config.layers { Activation::None } else { Activation::GeluErf };
-        x = b.push(&name, Op::Linear { act, bias, residual: false, wide: false }, &[x], &operands)?;
+        let parts = [(format!("projector.{name}"), rows, cols)];
+        x = linear(b, weights, &name, Op::linear(act, bias, false), &[x], &parts)?;
     }
     Ok(x)
 }

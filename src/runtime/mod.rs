@@ -2,9 +2,11 @@
 //! and the engine that turns pictures and questions into text.
 //!
 //! [`Model`] is shared and read-only: configuration, tokenizer, graphs, weights. [`Session`] owns what a
-//! running model writes to: one arena and the KV cache. [`Engine`] is a session with a front desk.
+//! running model writes to: one arena and the KV cache. [`Engine`] is a session with a front desk. [`Clip`] is
+//! CLIP by itself.
 
 pub mod batch;
+pub mod clip;
 pub mod engine;
 pub mod kv;
 pub mod model;
@@ -16,6 +18,7 @@ pub mod session;
 pub mod size;
 
 pub use batch::{Advance, Phase, Want};
+pub use clip::{Clip, Embedding, softmax};
 pub use engine::{Engine, ImageHandle};
 pub use model::{LoadOptions, Model, Source};
 pub use request::{Completion, FinishReason, Input, Request};

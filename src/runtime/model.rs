@@ -8,10 +8,11 @@ use crate::graph::Graph;
 use crate::input::image::{DecodeOptions, ImageMode, Preprocess};
 use crate::input::prompt::{ChatTemplate, Prompter};
 use crate::model::checkpoint::LoadMode;
-use crate::model::config::{GenerationConfig, ModelConfig, Reference};
+use crate::model::config::{ClipConfig, GenerationConfig, ModelConfig, Reference};
 use crate::model::json;
 use crate::model::llama::Llama;
 use crate::model::llava::{self, Language, Vision};
+use crate::model::lora::Lora;
 use crate::model::parts::{Parts, TowerSearch};
 use crate::model::preset::Preset;
 use crate::model::weights::Weights;
@@ -57,13 +58,27 @@ impl Source {
     }
 
     /// The same, or an error for a directory that is not there: most likely a name misspelt.
-    fn existing_folder(&self) -> Result<Folder> {
+    pub(super) fn existing_folder(&self) -> Result<Folder> {
         match self {
             Source::Directory(dir) if !dir.is_dir() => Err(Error::checkpoint(
                 dir,
                 "is not a directory; a model is `demo`, `preset:NAME` or a checkpoint directory",
             )),
             source => Ok(source.folder()),
+        }
+    }
+
+    /// Whether this is a CLIP by itself, as far as its `config.json` says: a model for
+    /// [`Clip`](super::Clip), not for [`Model`].
+    ///
+    /// # Errors
+    /// A `config.json` that is missing or malformed.
+    pub fn is_clip(&self) -> Result<bool> {
+        match self {
+            Source::Demo | Source::Preset(_) => Ok(false),
+            Source::Directory(_) => {
+                Ok(ClipConfig::is_clip(&json::read_object(&self.existing_folder()?, "config.json")?))
+            }
         }
     }
 
@@ -113,6 +128,8 @@ pub struct LoadOptions {
     pub preset_values: bool,
     /// The seed of a preset's weights.
     pub preset_seed: u64,
+    /// Adapters that are laid beside the weights; several add up.
+    pub lora: Vec<Lora>,
     /// Told how many bytes of a preset's weights are made, and how many there will be.
     pub progress: Option<Progress>,
 }
@@ -139,6 +156,7 @@ impl Default for LoadOptions {
             preset_dtype: DType::F16,
             preset_values: true,
             preset_seed: 0,
+            lora: Vec::new(),
             progress: None,
         }
     }
@@ -175,7 +193,7 @@ impl Model {
     /// As for [`load`](Model::load).
     pub fn load_on(backend: Arc<dyn Backend>, source: &Source, options: &LoadOptions) -> Result<Self> {
         let parts = Parts::find(&source.existing_folder()?, &options.tower)?;
-        let (config, mut generation, weights) = match source {
+        let (config, mut generation, mut weights) = match source {
             Source::Preset(preset) => {
                 let config = preset.config(options.preset_dtype)?;
                 let eos_token_ids = config.text.eos_token_ids.clone();
@@ -188,6 +206,7 @@ impl Model {
                 (config, generation, parts.weights(options.load_mode)?)
             }
         };
+        weights.adapt_all(&options.lora, options.load_mode)?;
         let vision = llava::vision(&*backend, &config, &weights)?;
         let language = llava::language(&*backend, &config, &weights)?;
         let mut preprocess = preprocess_of(source, &parts, &config, options.reference)?;
@@ -365,27 +384,12 @@ fn preprocess_of(
     reference: Option<Reference>,
 ) -> Result<Option<Preprocess>> {
     let Some(vision) = &config.vision else { return Ok(None) };
-    const FILE: &str = "preprocessor_config.json";
-    let folders = parts.tower().into_iter().chain([parts.folder()]);
-    let mut processor = Preprocess::clip(vision.image_size);
-    let mut file = parts.folder().path(FILE);
-    if !matches!(source, Source::Preset(_)) {
-        for folder in folders {
-            if let Some(map) = json::find_object(folder, FILE)? {
-                file = folder.path(FILE);
-                processor = Preprocess::from_json(&file, &map.into())?;
-                break;
-            }
+    let mut processor = match source {
+        Source::Preset(_) => Preprocess::clip(vision.image_size),
+        Source::Demo | Source::Directory(_) => {
+            preprocess_for(parts.tower().into_iter().chain([parts.folder()]), vision.image_size)?
         }
-    }
-    if processor.side() != vision.image_size {
-        return Err(Error::Config {
-            file,
-            key: "crop_size".into(),
-            expected: format!("{}, the image_size of the vision tower", vision.image_size),
-            found: processor.side().to_string(),
-        });
-    }
+    };
     match (config.reference, reference) {
         (Reference::Original, None | Some(Reference::Original)) if config.pads => {
             processor.mode = ImageMode::Pad
@@ -395,4 +399,31 @@ fn preprocess_of(
         _ => {}
     }
     Ok(Some(processor))
+}
+
+/// How pictures become pixels for a tower that reads squares of `image_size`, as the first of `folders` that
+/// says so has it.
+///
+/// # Errors
+/// A configuration that cannot be used, or one whose pixels would not fit the tower.
+pub(super) fn preprocess_for<'a>(
+    folders: impl IntoIterator<Item = &'a Folder>,
+    image_size: usize,
+) -> Result<Preprocess> {
+    const FILE: &str = "preprocessor_config.json";
+    for folder in folders {
+        let Some(map) = json::find_object(folder, FILE)? else { continue };
+        let file = folder.path(FILE);
+        let processor = Preprocess::from_json(&file, &map.into())?;
+        if processor.side() != image_size {
+            return Err(Error::Config {
+                file,
+                key: "crop_size".into(),
+                expected: format!("{image_size}, the image_size of the vision tower"),
+                found: processor.side().to_string(),
+            });
+        }
+        return Ok(processor);
+    }
+    Ok(Preprocess::clip(image_size))
 }

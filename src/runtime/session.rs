@@ -129,13 +129,12 @@ impl Session {
             )));
         }
         let mut end = 0;
-        let row_bytes = self.model.config().text.hidden_size * size_of::<f32>();
         for (range, image) in &images {
-            if image.rows.bytes != image.len * row_bytes {
-                return Err(Error::Prompt(format!(
-                    "an image was encoded by another model: its {} rows have {} bytes, expected {row_bytes} each",
-                    image.len, image.rows.bytes
-                )));
+            if !std::ptr::eq(image.model.as_ptr(), Arc::as_ptr(&self.model)) {
+                return Err(Error::Prompt(
+                    "an image was encoded by another model, or with other adapters; encode it with this one"
+                        .into(),
+                ));
             }
             if range.start < end || range.end > ids.len() || range.len() != image.len {
                 return Err(Error::Prompt(format!(
@@ -219,7 +218,8 @@ impl Session {
         }
         // SAFETY: `rows` was just allocated with the size of `view`, which lies in the arena.
         unsafe { self.model.backend().copy(view.addr, rows.addr, view.bytes())? };
-        Ok((EncodedImage { rows, len: view.rows, digest }, [tower, projector]))
+        let model = Arc::downgrade(&self.model);
+        Ok((EncodedImage { rows, len: view.rows, digest, model }, [tower, projector]))
     }
 
     /// The selected hidden state of the last [`encode`](Session::encode), class row included: its rows
@@ -391,7 +391,8 @@ impl Session {
     }
 }
 
-fn non_finite(position: usize, node: Option<String>) -> Error {
+/// An error about a step that made NaN or infinity, first in `node`.
+pub(super) fn non_finite(position: usize, node: Option<String>) -> Error {
     let node = node.unwrap_or_else(|| "unknown: it did not happen again".into());
     let hint = "; the checkpoint may hold NaN or infinite weights".to_string();
     Error::NonFinite { position, node, hint }

@@ -9,10 +9,13 @@
 
 pub mod bounds;
 #[allow(dead_code, reason = "each test program uses a part")]
+mod pairs;
+#[allow(dead_code, reason = "each test program uses a part")]
 pub mod sampling;
 mod table;
 
 #[allow(unused_imports, reason = "each test program uses a part")]
+pub use pairs::pairs;
 pub use table::{all, edges, linear};
 
 use std::sync::Arc;
@@ -114,7 +117,10 @@ impl Case {
         // Devices keep vectors, and the few rows of class and positions, in f32.
         let matrix = match self.op {
             Op::PatchEmbed { .. } => i == 0,
-            Op::Linear { bias, .. } | Op::GatedLinear { bias } => !bias || i < self.weights.len() / 2,
+            Op::Linear { bias, ref pairs, .. } | Op::GatedLinear { bias, ref pairs } => {
+                let (matrices, own) = Op::matrices(self.weights.len(), bias, pairs);
+                i < matrices || i >= own
+            }
             _ => rows > 1,
         };
         let values: Vec<f32> = (0..rows * cols)
@@ -146,6 +152,10 @@ impl Case {
                 ins[1] = positions;
                 ins[2].fill(0);
                 ins[3].copy_from_slice(&table[..self.bindings.table_entries]);
+            }
+            Op::EmbedTokens => {
+                let vocab = self.weights[0][0];
+                ins[0].iter_mut().for_each(|id| *id = random.below(vocab) as u32);
             }
             Op::EmbedRows => {
                 let vocab = self.weights[0][0];

@@ -4,6 +4,7 @@ use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 use std::fmt;
 use std::path::PathBuf;
+use tessera::model::lora::Lora;
 
 /// A case: a checkpoint, prompts, pictures, and what the reference made of them.
 pub struct Case {
@@ -63,6 +64,16 @@ impl Case {
     /// Whether the checkpoint is in the layout of the original LLaVA.
     pub fn is_original(&self) -> bool {
         self.json["kind"] == "llava_original"
+    }
+
+    /// The adapters that the reference had merged into the checkpoint.
+    pub fn lora(&self) -> Vec<Lora> {
+        let list = self.json["adapters"].as_array().into_iter().flatten();
+        list.map(|adapter| Lora {
+            dir: self.folder.join(adapter["folder"].as_str().unwrap()),
+            scale: adapter["scale"].as_f64().unwrap(),
+        })
+        .collect()
     }
 
     /// The bytes of a picture as the reference decoded it: a JPEG has its pixels beside it, because

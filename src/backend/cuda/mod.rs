@@ -101,6 +101,7 @@ impl CudaBackend {
                 Op::RopeAppend { .. } => rope::rope_append(device, call),
                 Op::PagedAttention { .. } => by_phase(device, call, missing_rows, missing_rows),
                 Op::EmbedRows => embed::embed_rows(device, call),
+                Op::EmbedTokens => self.missing(call),
                 Op::SelectRows { .. } => embed::select_rows(device, call),
                 Op::Sample => sample::sample(device, call),
             }
@@ -163,6 +164,11 @@ impl Backend for CudaBackend {
     }
 
     fn prepare(&self, op: &Op, weights: &[Weight]) -> Result<Vec<Prepared>> {
+        if !op.pairs().is_empty() {
+            let problem =
+                "the kernels of low-rank pairs are not written yet; without --lora, or on the CPU, it works";
+            return Err(Error::Device { device: self.device.driver().name(), problem: problem.into() });
+        }
         weights::prepare(&self.device, &self.tied, op, weights)
     }
 
@@ -179,6 +185,7 @@ impl Backend for CudaBackend {
             | Op::RopeAppend { .. }
             | Op::PagedAttention { .. }
             | Op::EmbedRows
+            | Op::EmbedTokens
             | Op::SelectRows { .. }
             | Op::Sample => 0,
         }

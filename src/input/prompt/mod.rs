@@ -4,7 +4,10 @@
 //! A conversation goes through the checkpoint's chat template ([`ChatTemplate`]), the text through its
 //! tokenizer ([`Tokenizer`]), and each image's placeholder becomes the image's tokens ([`expand`]). What
 //! users write is text and nothing else: it is never a placeholder or a control token.
+//!
+//! CLIP's text tower reads no conversations, and has a tokenizer of its own ([`ClipTokenizer`]).
 
+mod clip;
 mod expand;
 mod functions;
 mod message;
@@ -15,6 +18,7 @@ mod styles;
 mod template;
 mod tokenizer;
 
+pub use clip::{ClipTokenizer, ClipTokens};
 pub use expand::{ImageSpan, Prompt, expand, splice};
 pub use message::{Content, Conversation, IMAGE_MARK, ImageSource, Message, Part};
 pub use stop::StopStrings;

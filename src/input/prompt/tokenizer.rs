@@ -257,7 +257,7 @@ fn read(folder: &Folder) -> Result<(PathBuf, Vec<u8>)> {
 
 /// Runs the tokenizers library, which takes some malformed files (a merge shorter than the subword prefix,
 /// to name one) for impossible and panics.
-fn guarded<T>(work: impl FnOnce() -> tokenizers::Result<T>) -> std::result::Result<T, String> {
+pub(super) fn guarded<T>(work: impl FnOnce() -> tokenizers::Result<T>) -> std::result::Result<T, String> {
     match catch_unwind(AssertUnwindSafe(work)) {
         Ok(result) => result.map_err(|e| e.to_string()),
         Err(_) => Err("the file contradicts itself".into()),

@@ -56,6 +56,13 @@ impl Weights {
         Weights::new(path.into(), files.sources, files.tensors)
     }
 
+    /// Opens the weights that lie in `dir` in a file called `stem`, as adapters do, if there is one:
+    /// safetensors, or else PyTorch's.
+    pub(in crate::model) fn open_named(dir: &Path, stem: &str, mode: LoadMode) -> Result<Option<Weights>> {
+        let paths = ["safetensors", "bin"].map(|extension| dir.join(format!("{stem}.{extension}")));
+        paths.iter().find(|path| path.exists()).map(|path| Self::open_file(path, mode)).transpose()
+    }
+
     fn open_directory(dir: &Path, mode: LoadMode) -> Result<Weights> {
         let found = find_files(dir)?;
         let mut files = Files::default();

@@ -7,6 +7,7 @@
 //! Keys that were renamed over the years (`torch_dtype`, `rope_theta`, `image_token_id`, ...) are read
 //! in all their spellings.
 
+mod clip;
 mod family;
 mod generation;
 mod original;
@@ -14,6 +15,7 @@ mod rope;
 mod text;
 mod vision;
 
+pub use clip::{ClipConfig, ClipTextConfig, Pooling};
 pub use generation::GenerationConfig;
 pub use rope::{Rope, RopeScaling};
 pub use text::TextConfig;
@@ -125,6 +127,10 @@ impl ModelConfig {
     fn parse(root: &Section, tower: Option<VisionConfig>) -> Result<Self> {
         if root.get("quantization_config").is_some() {
             return Err(root.error("quantization_config", "none: weights are f16, bf16 or f32"));
+        }
+        if ClipConfig::is_clip(root.map()) {
+            let expected = "a language model: this is a CLIP, use `tessera classify` or `tessera embed`";
+            return Err(root.error("model_type", expected));
         }
         match Family::of(root)? {
             Family::Llava => Self::llava(root),

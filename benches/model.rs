@@ -13,7 +13,8 @@ use tessera::backend::cpu::machine::Machine;
 use tessera::graph::{Control, Executor};
 use tessera::model::preset::Preset;
 use tessera::op::{Cost, KvExtent, PAGE};
-use tessera::runtime::{Advance, LoadOptions, Model, Sampling, Session, SessionOptions, Source, Want};
+use tessera::runtime::{Advance, LoadOptions, Model, Pixels, Sampling};
+use tessera::runtime::{Session, SessionOptions, Source, Want};
 use tessera::tensor::{Bindings, DType};
 
 const PROMPT: usize = 640;
@@ -42,7 +43,8 @@ fn main() {
         let pixels: Vec<f32> = pixels.collect();
         let control = Control::default();
         let time = best(3, || {
-            session.encode(&pixels, [0; 32], &control).expect("encoded");
+            let pixels = Pixels { values: &pixels, order: None, digest: [0; 32], keep_hidden: false };
+            session.encode(pixels, &control).expect("encoded");
         });
         report("image encode", time, cost.flops as f64, fma_rate(&machine), "GFLOP/s");
     }

@@ -122,7 +122,8 @@ pub enum Op {
     },
     /// Rows of the embedding table, or rows of encoded images. Operands: token ids `[T, 1] i32`, sources
     /// `[T, 1] i32` (a row of the third operand, or -1 for the token's own embedding), image rows
-    /// `[T, D]`. Weight: the table `[V, D]`.
+    /// `[any, D]`. Weight: the table `[V, D]`. LLaVA-NeXT's rows are gathered by it too, from projected
+    /// tiles and a table of one row, the newline.
     EmbedRows,
     /// Rows of one or more operands, put side by side.
     SelectRows {

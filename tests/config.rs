@@ -68,7 +68,7 @@ fn a_llava_config_with_nothing_in_it_has_the_class_defaults() {
     let projector = config.projector.as_ref().unwrap();
     assert_eq!((projector.input_size, projector.hidden_size, projector.bias), (1024, 4096, true));
     assert_eq!((config.image_token_id, config.select), (Some(32000), SelectStrategy::Default));
-    assert_eq!((config.feature_layers.as_slice(), config.image_tokens()), ([23].as_slice(), 576));
+    assert_eq!((config.feature_layers.as_slice(), config.square_rows()), ([23].as_slice(), 576));
     assert_eq!(config.dtype, None);
 }
 
@@ -85,7 +85,7 @@ fn a_partial_vision_config_has_the_defaults_of_vit_b_32() {
         ..VIT_L_336
     };
     assert_eq!(config.vision, Some(expected));
-    assert_eq!((config.feature_layers.as_slice(), config.image_tokens()), ([11].as_slice(), 49));
+    assert_eq!((config.feature_layers.as_slice(), config.square_rows()), ([11].as_slice(), 49));
 }
 
 #[test]
@@ -179,7 +179,7 @@ fn feature_layers_are_resolved_against_the_embedding_and_every_block() {
         assert_eq!(config.feature_layers, expected);
     }
     let config = parse(with(llava(), json!({ "vision_feature_select_strategy": "full" }))).unwrap();
-    assert_eq!((config.select, config.image_tokens()), (SelectStrategy::Full, 577));
+    assert_eq!((config.select, config.square_rows()), (SelectStrategy::Full, 577));
 }
 
 #[test]
@@ -399,7 +399,7 @@ proptest! {
                 let text = &model.text;
                 prop_assert_eq!(text.inv_freq().len(), text.head_dim / 2);
                 prop_assert!(text.vocab_size.checked_mul(text.hidden_size * text.num_layers).is_some());
-                prop_assert!(model.image_tokens() <= 1 << 14 | 1);
+                prop_assert!(model.square_rows() <= 1 << 14 | 1);
             }
         }
     }

@@ -3,7 +3,7 @@
 use super::options::{ModelArgs, SessionArgs, format_size};
 use crate::error::{Error, Result};
 use crate::graph::Executor;
-use crate::input::image::ImageMode;
+use crate::input::image::{ImageMode, Merge, Tiling};
 use crate::model::config::{ModelConfig, SelectStrategy};
 use crate::model::weights::{TensorInfo, Weights};
 use crate::op::{Cost, KvExtent};
@@ -63,7 +63,8 @@ impl Inspect {
                 let vision = session.vision().ok_or_else(|| {
                     Error::option("--graph", "prefill or decode, as this is a text model", "vision")
                 })?;
-                (vision, Bindings { images: 1, ..Bindings::default() }, KvExtent::default())
+                // Without tiles one picture; with them the largest picture, so far as its squares go together.
+                (vision, vision.plan().max, KvExtent::default())
             }
             GraphName::Prefill | GraphName::Decode => {
                 let (past, tokens) = match graph {
@@ -165,13 +166,14 @@ fn card(session: &Session) -> String {
     lines.push((
         "memory plan",
         format!(
-            "weights {} (as stored) + KV cache {} ({} pages of {} positions, context {}) + activations {} = {}",
+            "weights {} (as stored) + KV cache {} ({} pages of {} positions, context {}) + activations {}{} = {}",
             format_size(plan.weights),
             format_size(plan.kv),
             plan.pages,
             crate::op::PAGE,
             plan.context,
             format_size(plan.arena),
+            squares_plan(session),
             format_size(plan.total()),
         ),
     ));
@@ -184,6 +186,21 @@ fn card(session: &Session) -> String {
     text
 }
 
+/// What tiles cost, for the picture that has most of them.
+fn squares_plan(session: &Session) -> String {
+    let (Some(tiling), Some(vision)) = (&session.model().config().tiling, session.vision()) else {
+        return String::new();
+    };
+    let plan = session.memory();
+    format!(
+        " (vision {} of them, for {} of {} squares at a time) + projected squares {}",
+        format_size(plan.vision_arena),
+        vision.plan().max.images,
+        tiling.max_squares(),
+        format_size(plan.squares),
+    )
+}
+
 fn vision_lines(model: &Model, config: &ModelConfig) -> Vec<(&'static str, String)> {
     let (Some(v), Some(p)) = (&config.vision, &config.projector) else { return Vec::new() };
     let layers: Vec<_> = config.feature_layers.iter().map(usize::to_string).collect();
@@ -192,10 +209,18 @@ fn vision_lines(model: &Model, config: &ModelConfig) -> Vec<(&'static str, Strin
         SelectStrategy::Default => "class row dropped",
         SelectStrategy::Full => "class row kept",
     };
-    let mode = model.preprocess().map(|processor| match processor.mode {
-        ImageMode::Crop => "crop: the shorter side is resized, the longer one cut",
-        ImageMode::Pad => "pad: put on a square of the mean colour",
-    });
+    let mode = match (&config.tiling, model.preprocess().map(|processor| processor.mode)) {
+        (Some(tiling), _) => tiling_line(tiling),
+        (None, Ok(ImageMode::Crop)) => "crop: the shorter side is resized, the longer one cut".into(),
+        (None, Ok(ImageMode::Pad)) => "pad: put on a square of the mean colour".into(),
+        (None, Err(_)) => "none".into(),
+    };
+    let tokens = match &config.tiling {
+        Some(tiling) => {
+            format!("{} tokens a square, {} a picture at most", config.square_rows(), tiling.max_tokens())
+        }
+        None => format!("{} tokens a picture", config.square_rows()),
+    };
     vec![
         (
             "vision tower",
@@ -212,18 +237,22 @@ fn vision_lines(model: &Model, config: &ModelConfig) -> Vec<(&'static str, Strin
                 v.patch_size,
             ),
         ),
-        (
-            "image features",
-            format!(
-                "hidden state {}, {rows}: {} tokens a picture",
-                layers.join(" and "),
-                config.image_tokens()
-            ),
-        ),
+        ("image features", format!("hidden state {}, {rows}: {tokens}", layers.join(" and "))),
         ("projector", format!("{} -> {} -> {}, exact GELU", p.input_size, p.hidden_size, p.hidden_size)),
-        ("image mode", mode.unwrap_or("none").into()),
+        ("image mode", mode),
         ("EXIF rotation", "applied, as by Hugging Face's loader".into()),
     ]
+}
+
+/// The canvases of a LLaVA-NeXT, and what becomes of their rows.
+fn tiling_line(tiling: &Tiling) -> String {
+    let sizes: Vec<_> = tiling.resolutions().iter().map(|(w, h)| format!("{w}x{h}")).collect();
+    let merge = match tiling.merge() {
+        Merge::Flat => "square after square",
+        Merge::Spatial => "line by line",
+        Merge::SpatialUnpad { .. } => "line by line without the margin, a newline behind each",
+    };
+    format!("anyres: the whole, and tiles of {} (width x height); rows {merge}", sizes.join(", "))
 }
 
 /// Tensors with the layer number left out: one line for all layers.

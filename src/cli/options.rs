@@ -26,7 +26,8 @@ pub struct ModelArgs {
     /// A chat template by name (`vicuna`) or file, instead of the checkpoint's
     #[arg(long, value_name = "NAME|FILE")]
     pub template: Option<String>,
-    /// What happens to pictures that are not square [auto: as the checkpoint says]
+    /// What happens to pictures that are not square [auto: as the checkpoint says]; with crop or pad a
+    /// model that sees tiles sees one square alone
     #[arg(long, value_enum, default_value_t = Mode::Auto)]
     pub image_mode: Mode,
     /// The dtype of a preset's weights [auto: f16]; a checkpoint's weights are used as stored
@@ -136,17 +137,19 @@ impl ModelArgs {
             },
             threads: self.threads.map(usize::from),
             template: self.template.clone(),
-            image_mode: self.image_mode(),
+            image_mode: self.image_mode.of_library(),
             preset_dtype: self.dtype.weights(),
             progress: Some(progress::making_weights()),
             ..LoadOptions::default()
         };
         Ok((source, options))
     }
+}
 
+impl Mode {
     /// The mode asked for, if not the checkpoint's.
-    pub fn image_mode(&self) -> Option<ImageMode> {
-        match self.image_mode {
+    pub fn of_library(self) -> Option<ImageMode> {
+        match self {
             Mode::Auto => None,
             Mode::Crop => Some(ImageMode::Crop),
             Mode::Pad => Some(ImageMode::Pad),
@@ -163,7 +166,7 @@ impl SessionArgs {
             prefill_chunk: self.prefill_chunk,
             // A command line runs one sequence at a time.
             max_sequences: 1,
-            all_logits: false,
+            ..SessionOptions::default()
         }
     }
 }

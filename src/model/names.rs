@@ -5,12 +5,14 @@
 //! |---|---|
 //! | `vision.X` | the tower: `embeddings.*`, `pre_layrnorm.*` (sic), `encoder.layers.N.*`, `post_layernorm.*` |
 //! | `projector.X` | `linear_1.{weight,bias}`, `linear_2.{weight,bias}` |
+//! | `image_newline` | LLaVA-NeXT's row that ends a line of patches, `[H]` |
 //! | `lm.X` | `embed_tokens.weight`, `layers.N.*`, `norm.weight` |
 //! | `lm.head.weight` | the output matrix, absent if it is tied to the embedding |
 //!
 //! X is spelt as transformers spells it.
 
 use super::config::{ModelConfig, TextConfig, VisionConfig};
+use crate::input::image::Tiling;
 use std::fmt;
 
 /// How a checkpoint spells its names.
@@ -65,7 +67,9 @@ impl Layout {
             Layout::StateDict | Layout::StateDictFlatTower => ("model.language_model.", "lm_head."),
             Layout::Llama => ("model.", "lm_head."),
         };
-        if let Some(rest) = name.strip_prefix("vision.") {
+        if name == "image_newline" {
+            format!("{model}{name}")
+        } else if let Some(rest) = name.strip_prefix("vision.") {
             format!("{model}{tower}{rest}")
         } else if let Some(rest) = name.strip_prefix("projector.") {
             format!("{model}multi_modal_projector.{rest}")
@@ -105,6 +109,9 @@ pub fn canonical(name: &str) -> Option<String> {
     }
     if let Some(rest) = name.strip_prefix("multi_modal_projector.") {
         return Some(format!("projector.{rest}"));
+    }
+    if name == "image_newline" {
+        return Some(name.into());
     }
     let name = name.strip_prefix("language_model.").unwrap_or(name);
     let name = name.strip_prefix("model.").unwrap_or(name);
@@ -147,6 +154,9 @@ pub fn tensors(config: &ModelConfig) -> Vec<TensorSpec> {
         let (input, hidden) = (projector.input_size, projector.hidden_size);
         list.linear("projector.linear_1", hidden, input, projector.bias);
         list.linear("projector.linear_2", hidden, hidden, projector.bias);
+    }
+    if config.tiling.as_ref().is_some_and(Tiling::has_newline) {
+        list.push("image_newline", &[config.text.hidden_size]);
     }
     list.language_model(&config.text);
     list.0

@@ -97,8 +97,8 @@ impl Check<'_> {
                 let rows = self.ins[0].rows;
                 self.index(0, rows, 1)?;
                 self.index(1, rows, 1)?;
-                self.input(2, rows, self.weights[0].cols)?;
-                Ok(vec![self.ins[2]])
+                self.input(2, self.ins[2].rows, self.weights[0].cols)?;
+                Ok(vec![TensorType { rows, ..self.ins[2] }])
             }
             Op::SelectRows { select } => self.select(select),
             Op::Sample => {

@@ -14,6 +14,7 @@ pub mod sampling;
 pub mod sequence;
 pub mod session;
 pub mod size;
+pub mod vision;
 
 pub use batch::{Advance, Want};
 pub use engine::{Engine, ImageHandle};
@@ -23,3 +24,4 @@ pub use sampling::Sampling;
 pub use sequence::{EncodedImage, Sequence};
 pub use session::Session;
 pub use size::{MemoryPlan, SessionOptions};
+pub use vision::{Encoded, Pixels};

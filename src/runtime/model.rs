@@ -5,11 +5,11 @@ use crate::backend::cpu::{CpuBackend, physical_memory};
 use crate::error::{Error, Result};
 use crate::folder::Folder;
 use crate::graph::Graph;
-use crate::input::image::{ImageMode, Preprocess};
+use crate::input::image::{DecodeOptions, ImageMode, Picture, Preprocess, decode};
 use crate::input::prompt::{ChatTemplate, Prompter};
 use crate::model::checkpoint::LoadMode;
-use crate::model::config::{GenerationConfig, ModelConfig};
-use crate::model::json;
+use crate::model::config::{GenerationConfig, ModelConfig, check_processor_tiling};
+use crate::model::json::{self, Section};
 use crate::model::llama::Llama;
 use crate::model::llava::{self, Language, Vision};
 use crate::model::preset::Preset;
@@ -98,7 +98,9 @@ pub struct LoadOptions {
     pub threads: Option<usize>,
     /// A chat template by name or file, instead of the checkpoint's own.
     pub template: Option<String>,
-    /// Crop or pad, instead of what the checkpoint says.
+    /// Crop or pad, instead of what the checkpoint says. A model that sees tiles then sees one square and
+    /// nothing else, as the original code does with `image_aspect_ratio` square or pad: fewer tokens, less
+    /// to read small print from.
     pub image_mode: Option<ImageMode>,
     /// The dtype of a preset's weights.
     pub preset_dtype: DType,
@@ -161,7 +163,7 @@ impl Model {
     /// As for [`load`](Model::load).
     pub fn load_on(backend: Arc<dyn Backend>, source: &Source, options: &LoadOptions) -> Result<Self> {
         let folder = source.existing_folder()?;
-        let (config, generation, weights) = match source {
+        let (mut config, generation, weights) = match source {
             Source::Preset(preset) => {
                 let config = preset.config(options.preset_dtype)?;
                 let generation = GenerationConfig {
@@ -191,12 +193,9 @@ impl Model {
                 (config, generation, Weights::open(&folder, options.load_mode)?)
             }
         };
+        let preprocess = preprocess_of(source, &mut config, options.image_mode)?;
         let vision = llava::vision(&*backend, &config, &weights)?;
         let language = llava::language(&*backend, &config, &weights)?;
-        let mut preprocess = preprocess_of(source, &config)?;
-        if let (Some(processor), Some(mode)) = (&mut preprocess, options.image_mode) {
-            processor.mode = mode;
-        }
         let mut prompter = Prompter::load(&folder, config.text.vocab_size, config.image_token_id)?;
         if let Some(template) = &options.template {
             prompter = prompter.with_template(ChatTemplate::named(template, &folder)?);
@@ -235,6 +234,15 @@ impl Model {
             .ok_or_else(|| Error::Prompt(format!("{} is a text model; it takes no pictures", self.name)))
     }
 
+    /// A picture's upright RGB pixels. `name` is for messages only.
+    ///
+    /// # Errors
+    /// [`Error::Image`]; [`Error::Prompt`] for a text model.
+    pub fn decode(&self, name: &str, bytes: &[u8]) -> Result<Picture> {
+        self.preprocess()?;
+        decode(name, bytes, &DecodeOptions { exif_orientation: self.exif_orientation() })
+    }
+
     /// Whether pictures are turned as their EXIF orientation says, as Hugging Face's loader does.
     pub fn exif_orientation(&self) -> bool {
         true
@@ -271,24 +279,31 @@ impl Model {
     }
 }
 
-/// How pictures become pixels for a model that is not loaded: only its configuration files are read.
+/// How pictures become pixels for a model that is not loaded, and its configuration: only configuration
+/// files are read.
 ///
 /// # Errors
 /// As for [`Model::load`]; [`Error::Prompt`] for a text model.
-pub fn load_preprocess(source: &Source) -> Result<Preprocess> {
-    let config = match source {
+pub fn load_preprocess(source: &Source, mode: Option<ImageMode>) -> Result<(Preprocess, ModelConfig)> {
+    let mut config = match source {
         Source::Preset(preset) => preset.config(DType::F16)?,
         Source::Demo | Source::Directory(_) => ModelConfig::load(&source.existing_folder()?)?,
     };
-    preprocess_of(source, &config)?
-        .ok_or_else(|| Error::Prompt(format!("{source} is a text model; it takes no pictures")))
+    let processor = preprocess_of(source, &mut config, mode)?
+        .ok_or_else(|| Error::Prompt(format!("{source} is a text model; it takes no pictures")))?;
+    Ok((processor, config))
 }
 
-/// How pictures become pixels; `None` for a text model.
+/// How pictures become pixels; `None` for a text model. If a mode is asked for there are no tiles, in
+/// `config` neither.
 ///
 /// # Errors
 /// A configuration that cannot be used, or one whose pixels would not fit the tower.
-fn preprocess_of(source: &Source, config: &ModelConfig) -> Result<Option<Preprocess>> {
+fn preprocess_of(
+    source: &Source,
+    config: &mut ModelConfig,
+    mode: Option<ImageMode>,
+) -> Result<Option<Preprocess>> {
     let Some(vision) = &config.vision else { return Ok(None) };
     const FILE: &str = "preprocessor_config.json";
     let folder = source.folder();
@@ -297,9 +312,14 @@ fn preprocess_of(source: &Source, config: &ModelConfig) -> Result<Option<Preproc
         Source::Demo | Source::Directory(_) => json::find_object(&folder, FILE)?,
     };
     let file = folder.path(FILE);
-    let processor = match processor {
+    let mut processor = match processor {
         None => Preprocess::clip(vision.image_size),
-        Some(map) => Preprocess::from_json(&file, &map.into())?,
+        Some(map) => {
+            if let Some(tiling) = &config.tiling {
+                check_processor_tiling(&Section::root(&file, &map), tiling)?;
+            }
+            Preprocess::from_json(&file, &map.into())?
+        }
     };
     if processor.side() != vision.image_size {
         return Err(Error::Config {
@@ -309,5 +329,10 @@ fn preprocess_of(source: &Source, config: &ModelConfig) -> Result<Option<Preproc
             found: processor.side().to_string(),
         });
     }
+    if let Some(mode) = mode {
+        processor.mode = mode;
+        config.tiling = None;
+    }
+    processor.tiling = config.tiling.clone();
     Ok(Some(processor))
 }

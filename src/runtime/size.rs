@@ -17,6 +17,9 @@ pub struct SessionOptions {
     pub prefill_chunk: usize,
     /// Most sequences of one step.
     pub max_sequences: usize,
+    /// Most squares, pictures or tiles of one, that pass through the vision tower together. More go in
+    /// several runs, to the same bits.
+    pub vision_batch: usize,
     /// Makes room for the logits of every row of a step; without it, for as many rows as sequences.
     pub all_logits: bool,
 }
@@ -28,6 +31,7 @@ impl Default for SessionOptions {
             kv_memory: None,
             prefill_chunk: 1024,
             max_sequences: 8,
+            vision_batch: 8,
             all_logits: false,
         }
     }
@@ -42,6 +46,10 @@ pub struct MemoryPlan {
     pub kv: u64,
     /// Inputs, intermediates and workspace of the larger of the two graphs.
     pub arena: u64,
+    /// What the vision graph needs of the arena, for as many squares as it reads together.
+    pub vision_arena: u64,
+    /// The projected squares of a picture, in a model that sees tiles.
+    pub squares: u64,
     /// Pages in the pool.
     pub pages: usize,
     /// Most positions of one sequence.
@@ -51,7 +59,7 @@ pub struct MemoryPlan {
 impl MemoryPlan {
     /// All of it.
     pub fn total(&self) -> u64 {
-        self.weights + self.kv + self.arena
+        self.weights + self.kv + self.arena + self.squares
     }
 }
 

@@ -1,7 +1,7 @@
 //! Image bytes to pixels, as Pillow and Hugging Face's CLIP image processor make them.
 //!
 //! [`decode`] turns a file into an upright RGB [`Picture`], [`Preprocess`] turns a picture into what the
-//! vision tower reads. Every step is integer exact until the last one, which looks f32 values up in a
+//! vision tower reads, for LLaVA-NeXT in several tiles ([`Tiling`]). Every step is integer exact until the last one, which looks f32 values up in a
 //! table: for a losslessly stored picture the result has the reference's bits. (JPEG and lossy WebP
 //! decoders are free to differ by a few levels, and do.)
 //!
@@ -13,9 +13,11 @@ mod decode;
 mod png;
 mod preprocess;
 pub mod resize;
+mod tiling;
 
 pub use decode::{DecodeOptions, MAX_PIXELS, decode};
 pub use preprocess::{ImageMode, Preprocess, pixels_sha256};
+pub use tiling::{Merge, NEWLINE, Tiles, Tiling};
 
 /// A decoded picture: 8-bit RGB, upright, rows from the top without gaps.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -2,23 +2,26 @@
 //! in and every number within sane bounds.
 //!
 //! Older savers omit whatever equals the class default, so the defaults here are those of transformers'
-//! `LlavaConfig`, `LlamaConfig`, `MistralConfig` and `CLIPVisionConfig`, and not those of any one model.
+//! `LlavaConfig`, `LlavaNextConfig`, `LlamaConfig`, `MistralConfig` and `CLIPVisionConfig`, and not those of any one model.
 //! Keys that were renamed over the years (`torch_dtype`, `rope_theta`, `image_token_id`, ...) are read
 //! in all their spellings.
 
 mod generation;
 mod rope;
 mod text;
+mod tiling;
 mod vision;
 
 pub use generation::GenerationConfig;
 pub use rope::{Rope, RopeScaling};
 pub use text::TextConfig;
+pub use tiling::{check_processor_tiling, original_tiling};
 pub use vision::VisionConfig;
 
 use super::json::{self, MAX_TOKEN_ID, Section};
 use crate::error::Result;
 use crate::folder::Folder;
+use crate::input::image::Tiling;
 use crate::tensor::DType;
 use serde_json::{Map, Value};
 use std::path::Path;
@@ -37,6 +40,8 @@ pub struct ModelConfig {
     pub feature_layers: Vec<usize>,
     /// Which rows of those hidden states the projector sees.
     pub select: SelectStrategy,
+    /// How pictures are seen in tiles, by a LLaVA-NeXT; without it each is one square.
+    pub tiling: Option<Tiling>,
     /// The language model.
     pub text: TextConfig,
     /// The dtype the checkpoint claims to be in. A hint: each tensor carries its own.
@@ -78,12 +83,18 @@ impl ModelConfig {
         }
         match Family::of(&root)? {
             Family::Llava => Self::llava(&root, file),
+            Family::LlavaNext => {
+                let config = Self::llava(&root, file)?;
+                let tiling = tiling::hugging_face(&root, &config)?;
+                Ok(ModelConfig { tiling: Some(tiling), ..config })
+            }
             Family::Text => Ok(ModelConfig {
                 vision: None,
                 projector: None,
                 image_token_id: None,
                 feature_layers: Vec::new(),
                 select: SelectStrategy::Default,
+                tiling: None,
                 text: TextConfig::parse(&root, &root)?,
                 dtype: dtype(&root)?,
             }),
@@ -112,28 +123,38 @@ impl ModelConfig {
             feature_layers,
             select: root.choice("vision_feature_select_strategy", "default", &strategies)?,
             vision: Some(vision),
+            tiling: None,
             text,
             dtype: dtype(root)?,
         })
     }
 
-    /// Rows that one image takes in a prompt, 0 in a text model.
-    pub fn image_tokens(&self) -> usize {
+    /// Rows of one square after the projector, 0 in a text model.
+    pub fn square_rows(&self) -> usize {
         self.vision.as_ref().map_or(0, |vision| match self.select {
             SelectStrategy::Default => vision.num_patches(),
             SelectStrategy::Full => vision.num_patches() + 1,
         })
     }
+
+    /// Rows that an image of `width` x `height` pixels takes in a prompt, 0 in a text model.
+    pub fn image_tokens(&self, width: usize, height: usize) -> usize {
+        match &self.tiling {
+            Some(tiling) => tiling.tiles(width, height).tokens(),
+            None => self.square_rows(),
+        }
+    }
 }
 
-/// The two kinds of checkpoint directory that can be run.
+/// The kinds of checkpoint directory that can be run.
 enum Family {
     Llava,
+    LlavaNext,
     Text,
 }
 
 impl Family {
-    const SUPPORTED: &'static str = "`llava` (LlavaForConditionalGeneration), `llama` or `mistral` (LlamaForCausalLM, MistralForCausalLM)";
+    const SUPPORTED: &'static str = "`llava` (LlavaForConditionalGeneration), `llava_next` (LlavaNextForConditionalGeneration), `llama` or `mistral` (LlamaForCausalLM, MistralForCausalLM)";
 
     /// The family by `model_type` and `architectures`. Both are looked at, because the original LLaVA
     /// files also say `llava` but keep their weights and settings under other names.
@@ -152,10 +173,12 @@ impl Family {
         match (root.string("model_type")?, architecture) {
             (Some("llava"), None | Some("LlavaForConditionalGeneration")) => Ok(Family::Llava),
             (None, Some("LlavaForConditionalGeneration")) => Ok(Family::Llava),
+            (Some("llava_next") | None, Some("LlavaNextForConditionalGeneration")) => Ok(Family::LlavaNext),
+            (Some("llava_next"), None) => Ok(Family::LlavaNext),
             (Some("llama" | "mistral"), None) => Ok(Family::Text),
             (Some("llama") | None, Some("LlamaForCausalLM")) => Ok(Family::Text),
             (Some("mistral") | None, Some("MistralForCausalLM")) => Ok(Family::Text),
-            (Some("llava" | "llama" | "mistral") | None, Some(_)) => {
+            (Some("llava" | "llava_next" | "llama" | "mistral") | None, Some(_)) => {
                 Err(root.error("architectures", Self::SUPPORTED))
             }
             _ => Err(root.error("model_type", Self::SUPPORTED)),

@@ -92,7 +92,7 @@ fn assembly(
     b.scope("");
     let width = config.text.hidden_size;
     let rows = Rows::Fixed(tiling.max_squares() * config.square_rows());
-    let squares = b.state("squares".into(), TensorType::f32(rows, width));
+    let squares = b.state("squares".into(), b.float(rows, width));
     let index = TensorType::i32(Rows::Tokens, 1);
     let sources = b.input("sources", index);
     let (node, name) = (b.len(), "assemble_tiles");

@@ -101,7 +101,7 @@ impl Encoder {
     /// Runs the graph on a picture.
     ///
     /// # Errors
-    /// [`Error::Cancelled`]; [`Error::NonFinite`].
+    /// [`Error::Cancelled`]; [`Error::NonFinite`]; [`Error::Device`].
     ///
     /// # Panics
     /// If the values are no whole squares, or `order` does not fit them.
@@ -120,11 +120,9 @@ impl Encoder {
             let bindings = Bindings { images: values.len() / square, ..Bindings::default() };
             self.run(values, &bindings, control, &mut times)?;
             if pixels.keep_hidden {
-                let start = hidden.len();
-                hidden.resize(start + self.executor.view(self.vision.hidden, &bindings).len(), 0.0);
-                self.executor.read(self.vision.hidden, &bindings, &mut hidden[start..]);
+                hidden.extend(self.executor.read_floats(self.vision.hidden, &bindings)?);
             }
-            self.keep_squares(i * batch, &bindings);
+            self.keep_squares(i * batch, &bindings)?;
         }
         let start = Instant::now();
         let image = match pixels.order {
@@ -146,7 +144,7 @@ impl Encoder {
         let nodes = self.vision.graph.nodes.len();
         let end = self.vision.assembly.as_ref().map_or(nodes, |assembly| assembly.node);
         let parts: [Range<usize>; 2] = [0..self.vision.projector, self.vision.projector..end];
-        self.executor.write(self.vision.pixels, values);
+        self.executor.write(self.vision.pixels, values)?;
         for (part, time) in parts.into_iter().zip(times) {
             let start = Instant::now();
             // SAFETY: these nodes have no index inputs and no states; `&mut self`, which the session's
@@ -154,25 +152,23 @@ impl Encoder {
             unsafe { self.executor.run_nodes(part, bindings, control)? };
             *time += start.elapsed();
         }
-        let mut host = vec![0f32; self.executor.view(self.vision.features, bindings).len()];
-        self.executor.read(self.vision.features, bindings, &mut host);
-        if host.iter().all(|x| x.is_finite()) {
+        if self.executor.read_floats(self.vision.features, bindings)?.iter().all(|x| x.is_finite()) {
             return Ok(());
         }
         // SAFETY: as above; the assembly, which runs as well, has no rows under these bindings.
-        let node = unsafe { self.executor.first_non_finite(bindings) };
+        let node = unsafe { self.executor.first_non_finite(bindings)? };
         Err(non_finite(0, node))
     }
 
     /// Puts the projected rows of a batch that begins with square `first` beside those of the others.
-    fn keep_squares(&mut self, first: usize, bindings: &Bindings) {
-        let Some(squares) = &self.squares else { return };
+    fn keep_squares(&mut self, first: usize, bindings: &Bindings) -> Result<()> {
+        let Some(squares) = &self.squares else { return Ok(()) };
         let view = self.executor.view(self.vision.features, bindings);
         let offset = first * (view.bytes() / bindings.images);
         assert!(offset + view.bytes() <= squares.bytes, "more squares than any picture has");
         // SAFETY: the batch's rows lie in the arena, the target in a buffer of its own that nobody else
         // writes; both lengths were checked.
-        unsafe { self.model.backend().copy(view.addr, squares.addr + offset, view.bytes()) };
+        unsafe { self.model.backend().copy(view.addr, squares.addr + offset, view.bytes()) }
     }
 
     /// Gathers a picture's rows from its projected squares.
@@ -190,9 +186,9 @@ impl Encoder {
         let exists = |row: &i32| there.contains(row) || (newline && *row == NEWLINE);
         assert!(order.iter().all(exists), "an order of rows that are not there");
         let bindings = Bindings { tokens: order.len(), ..Bindings::default() };
-        self.executor.write(sources, order);
+        self.executor.write(sources, order)?;
         if let Some(ids) = ids {
-            self.executor.write(ids, &vec![0i32; order.len()]);
+            self.executor.write(ids, &vec![0i32; order.len()])?;
         }
         // SAFETY: every source names a row of the squares (asserted) or the newline, whose table has the
         // row 0; the squares are a buffer of our own; `&mut self` keeps the arena ours.
@@ -210,7 +206,7 @@ impl Encoder {
         let view = self.executor.view(value, bindings);
         let rows = self.model.backend().alloc("an image's rows", view.bytes())?;
         // SAFETY: `rows` was just allocated with the size of `view`, which lies in the arena.
-        unsafe { self.model.backend().copy(view.addr, rows.addr, view.bytes()) };
+        unsafe { self.model.backend().copy(view.addr, rows.addr, view.bytes())? };
         Ok(EncodedImage { rows, len: view.rows, digest })
     }
 }

@@ -14,17 +14,20 @@ use tessera::runtime::{Phase, SessionOptions, Source, Want};
 
 /// Every case, and how many kinds of tensors it compares: a case that compares less than it holds is a
 /// defect of the test.
-const CASES: [(&str, usize); 11] = [
+const CASES: [(&str, usize); 14] = [
     ("a_llava15_new_bf16", 4),
     ("b_llava15_old_f16_sharded", 4),
     ("c_chat_on_a", 1),
     ("d_batch_on_a", 1),
+    ("g_llava_next_bf16", 3),
     ("j_llama_chatml_f32", 1),
     ("names_saved_v5", 4),
     ("names_memory_v5", 4),
     ("features_concat_full", 4),
     ("feature_layer_positive", 4),
     ("text_mqa_bias_tied_llama3", 2),
+    ("next_mistral", 4),
+    ("next_llama3", 4),
     ("rope_linear_mixed_dtypes", 2),
 ];
 
@@ -50,7 +53,7 @@ fn models_agree_with_the_reference() {
 /// The oracle of the op tests is held to the same values, on the smaller cases.
 #[test]
 fn the_oracle_agrees_with_the_reference() {
-    check(&CASES[5..], &|| Arc::new(Oracle));
+    check(&CASES[6..], &|| Arc::new(Oracle));
 }
 
 fn check(cases: &[(&str, usize)], backend: &dyn Fn() -> Arc<dyn Backend>) {
@@ -60,6 +63,9 @@ fn check(cases: &[(&str, usize)], backend: &dyn Fn() -> Arc<dyn Backend>) {
         let mut worst = Worst::default();
         for request in case.requests() {
             let images = images(&mut engine, &case, &request.images);
+            for (image, sha256) in images.iter().zip(&request.pixels_sha256) {
+                assert_eq!(&image.pixels_sha256, sha256, "{name} {}: pixels", image.name);
+            }
             check_vision(&case, &request.name, &images, &mut worst);
             let input = Input::Raw(request.prompt.clone());
             let ours = Request {

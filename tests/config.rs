@@ -354,6 +354,7 @@ fn any_value() -> impl Strategy<Value = Value> {
         prop_oneof![
             Just("llama"),
             Just("llava"),
+            Just("llava_next"),
             Just("mistral"),
             Just("gelu"),
             Just("full"),
@@ -361,6 +362,7 @@ fn any_value() -> impl Strategy<Value = Value> {
         ]
         .prop_map(Value::from),
         prop::collection::vec(any::<i32>().prop_map(Value::from), 0..5).prop_map(Value::from),
+        prop::collection::vec([0usize..500, 0usize..500], 0..5).prop_map(|pairs| json!(pairs)),
         Just(json!({})),
         Just(json!({ "rope_type": "llama3", "factor": 1e-300 })),
     ]
@@ -373,10 +375,10 @@ proptest! {
     #[test]
     fn mutated_configs_never_panic(changes in prop::collection::vec((any::<prop::sample::Index>(), any_value()), 1..4)) {
         let mut config = json!({
-            "model_type": "llava", "architectures": ["LlavaForConditionalGeneration"], "image_token_index": 4,
+            "model_type": "llava_next", "architectures": null, "image_token_index": 4,
             "vision_feature_layer": -2, "vision_feature_select_strategy": "default", "torch_dtype": "float16",
             "projector_hidden_act": "gelu", "multimodal_projector_bias": true, "tie_word_embeddings": false,
-            "eos_token_id": 2, "quantization_config": null,
+            "eos_token_id": 2, "quantization_config": null, "image_grid_pinpoints": [[112, 224], [224, 224]],
             "text_config": { "model_type": "llama", "hidden_size": 256, "intermediate_size": 512,
                 "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
                 "vocab_size": 640, "max_position_embeddings": 1024, "rms_norm_eps": 1e-5, "rope_theta": 1e4,
@@ -400,6 +402,10 @@ proptest! {
                 prop_assert_eq!(text.inv_freq().len(), text.head_dim / 2);
                 prop_assert!(text.vocab_size.checked_mul(text.hidden_size * text.num_layers).is_some());
                 prop_assert!(model.square_rows() <= 1 << 14 | 1);
+                if let Some(tiling) = &model.tiling {
+                    prop_assert!(model.image_tokens(640, 480) <= tiling.max_tokens());
+                    prop_assert!(tiling.max_squares() * model.square_rows() <= 65 << 14);
+                }
             }
         }
     }

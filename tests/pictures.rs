@@ -109,7 +109,9 @@ fn a_picture_is_encoded_once_for_as_long_as_somebody_holds_it() {
         let both = ask(&[first.clone(), again.clone()]);
         let answer = engine.generate(&both, |_| {}).unwrap();
         assert_eq!(answer.image_tokens, 2 * first.encoded.len);
-        let Input::Chat(mut messages) = both.input.clone() else { unreachable!("`ask` makes a conversation") };
+        let Input::Chat(mut messages) = both.input.clone() else {
+            unreachable!("`ask` makes a conversation")
+        };
         let answered = Content::Parts(vec![Part::Text(answer.text.trim().into())]);
         messages.push(Message { role: "assistant".into(), content: answered });
         messages.push(Message::prompt("And this?", 1).unwrap());
@@ -225,6 +227,16 @@ fn tiles_can_be_left_out() {
         assert_eq!(whole.features.len(), rows * engine.model().config().text.hidden_size);
         assert_eq!(whole.features, of_many.features[..whole.features.len()], "{mode:?}");
     }
+}
+
+#[test]
+fn numbers_that_are_not_finite_are_an_error_that_names_the_node() {
+    let bias = "model.multi_modal_projector.linear_2.bias";
+    let spoilt =
+        Checkpoint::copy_of("tests/data/next_llama3/model").tensor(bias, |t| t.fill(f32::NAN, false));
+    let mut engine = spoilt.engine().unwrap();
+    let error = engine.picture("noise", &noise(84, 28)).unwrap_err();
+    assert!(matches!(&error, Error::NonFinite { node, .. } if node == "projector.linear_2"), "{error}");
 }
 
 #[test]

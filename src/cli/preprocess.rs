@@ -60,7 +60,7 @@ impl Preprocess {
                 false => {
                     let squares = if tiled { format!("{squares}x") } else { String::new() };
                     format!(
-                        "{hash}  {name} ({width}x{height} -> {squares}3x{side}x{side}, {tokens} tokens)\n"
+                        "{hash}  {name} ({width}x{height} -> {squares}3x{side}x{side}), {tokens} tokens\n"
                     )
                 }
             })?;

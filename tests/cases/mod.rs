@@ -106,6 +106,8 @@ impl Case {
         // Devices keep vectors, and the few rows of class and positions, in f32.
         let matrix = match self.op {
             Op::PatchEmbed { .. } => i == 0,
+            // Its table is gathered from, though it be a single newline.
+            Op::EmbedRows => true,
             _ => rows > 1,
         };
         let values: Vec<f32> = (0..rows * cols)
@@ -141,8 +143,9 @@ impl Case {
             Op::EmbedRows => {
                 let vocab = self.weights[0][0];
                 ins[0].iter_mut().for_each(|id| *id = random.below(vocab) as u32);
-                for (row, source) in ins[1].iter_mut().enumerate() {
-                    *source = if random.below(2) == 0 { u32::MAX } else { row as u32 };
+                let image_rows = ins[2].len() / self.weights[0][1];
+                for source in &mut ins[1] {
+                    *source = if random.below(2) == 0 { u32::MAX } else { random.below(image_rows) as u32 };
                 }
             }
             Op::SelectRows { select: Select::Index } => {
@@ -501,8 +504,11 @@ pub fn all() -> Vec<Case> {
     for (rows, cols) in [(1, 8), (5, 19), (12, 64)] {
         let index = TensorType::i32(Rows::Tokens, 1);
         for dtype in dtypes {
-            let ins = vec![index, index, f32s(Rows::Tokens, cols)];
-            cases.push(Case { dtype, ..case(Op::EmbedRows, ins, vec![[23, cols]], tokens(rows)) });
+            // A language model's table and as many image rows as tokens; a newline and the rows of tiles.
+            for (table, image_rows) in [(23, Rows::Tokens), (1, Rows::Fixed(31))] {
+                let ins = vec![index, index, f32s(image_rows, cols)];
+                cases.push(Case { dtype, ..case(Op::EmbedRows, ins, vec![[table, cols]], tokens(rows)) });
+            }
         }
         let select = |select| Op::SelectRows { select };
         let ins = vec![f32s(Rows::Tokens, cols), TensorType::i32(Rows::Outputs, 1)];

@@ -37,13 +37,20 @@ fn main() {
     println!("preset:{name} {dtype}, {}", model.backend().describe());
     println!("{:<22} {:>10} {:>18} {:>10} {:>8}", "", "ms", "", "ceiling", "");
     if let (Some(vision), Some(config)) = (session.vision(), &model.config().vision) {
-        let one = Bindings { images: 1, ..Bindings::default() };
-        let cost = cost(vision, one, KvExtent::default());
-        let pixels = (0..3 * config.image_size * config.image_size).map(|i| (i % 509) as f32 / 254.0 - 1.0);
-        let pixels: Vec<f32> = pixels.collect();
+        // Of a model that sees tiles, a square picture in four of them, and the whole.
+        let tiles = model.config().tiling.as_ref().map(|tiling| tiling.tiles(4000, 4000));
+        let squares = tiles.as_ref().map_or(1, |tiles| tiles.squares());
+        let order = tiles.map(|tiles| tiles.order());
+        let tokens = order.as_ref().map_or(0, Vec::len);
+        let all = Bindings { images: squares, tokens, ..Bindings::default() };
+        let cost = cost(vision, all, KvExtent::default());
+        let side = config.image_size;
+        let values: Vec<f32> =
+            (0..squares * 3 * side * side).map(|i| (i % 509) as f32 / 254.0 - 1.0).collect();
         let control = Control::default();
         let time = best(3, || {
-            let pixels = Pixels { values: &pixels, order: None, digest: [0; 32], keep_hidden: false };
+            let pixels =
+                Pixels { values: &values, order: order.as_deref(), digest: [0; 32], keep_hidden: false };
             session.encode(pixels, &control).expect("encoded");
         });
         report("image encode", time, cost.flops as f64, fma_rate(&machine), "GFLOP/s");

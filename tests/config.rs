@@ -192,7 +192,7 @@ fn a_value_that_cannot_be_used_is_named_with_its_key() {
         ("model_type", json!({ "model_type": "qwen2_vl" })),
         (
             "model_type",
-            json!({ "model_type": "llava_next", "architectures": ["LlavaNextForConditionalGeneration"] }),
+            json!({ "model_type": "llava_onevision", "architectures": ["LlavaOnevisionForConditionalGeneration"] }),
         ),
         ("model_type", json!({ "model_type": null })),
         ("model_type", json!({ "model_type": 3 })),

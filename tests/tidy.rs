@@ -5,7 +5,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// The modules in the order in which they may depend on each other. `input` stands beside `graph`: it
-/// knows errors, folders and tensors only.
+/// knows errors, folders and tensors only, and what comes after `graph` may know it (a configuration says
+/// how pictures are cut into tiles).
 const ORDER: [&str; 10] =
     ["error", "folder", "tensor", "op", "backend", "graph", "model", "runtime", "cli", "main"];
 

@@ -114,7 +114,7 @@ impl Talk {
 
     fn show(&mut self, path: PathBuf) -> Result<()> {
         let picture = decode(&self.engine, &[ImageSource::Path(path)])?;
-        let image = encode(&mut self.engine, &picture, self.quiet)?;
+        let image = encode(&mut self.engine, picture, self.quiet)?;
         self.images.extend(image);
         self.shown += 1;
         Ok(())

@@ -92,7 +92,7 @@ impl Run {
         let pictures = decode(&engine, &sources)?;
         let sizes: Vec<_> = pictures.iter().map(|p| (p.picture.width, p.picture.height)).collect();
         engine.admit(&request, &sizes)?;
-        request.images = encode(&mut engine, &pictures, self.quiet)?;
+        request.images = encode(&mut engine, pictures, self.quiet)?;
         if !sampling.is_greedy() && !self.quiet && !self.json {
             eprintln!("seed {}", sampling.seed);
         }
@@ -213,12 +213,12 @@ pub fn decode(engine: &Engine, sources: &[ImageSource]) -> Result<Vec<Decoded>> 
     sources.iter().enumerate().map(named).collect()
 }
 
-/// Encodes pictures, with a bar over the vision tower.
-pub fn encode(engine: &mut Engine, pictures: &[Decoded], quiet: bool) -> Result<Vec<ImageHandle>> {
+/// Encodes pictures, with a bar over the vision tower, and lets go of their pixels one after the other.
+pub fn encode(engine: &mut Engine, pictures: Vec<Decoded>, quiet: bool) -> Result<Vec<ImageHandle>> {
     let mut images = Vec::with_capacity(pictures.len());
     for picture in pictures {
         let _progress = Progress::follow("looking at the picture", &engine.control, quiet);
-        images.push(engine.encode(picture)?);
+        images.push(engine.encode(&picture)?);
     }
     Ok(images)
 }

@@ -6,8 +6,8 @@
 //! those of `select_best_resolution`, `get_patch_output_size` and `pack_image_features` in transformers,
 //! and of the functions in LLaVA's `mm_utils.py` and `llava_arch.py` that they were made from.
 //!
-//! Both compute in f64 and truncate, and f32 is wrong for some sizes: (1279, 639) gets another canvas,
-//! (703, 296) one line of patches more or less.
+//! Both compute in f64 and truncate. In f32, (1279, 639) would get another canvas and (703, 296) another
+//! number of patches.
 
 use std::ops::Range;
 
@@ -33,9 +33,9 @@ pub enum Merge {
     /// As `Spatial`, without the lines or columns of patches that lie on the canvas's margin, and with a
     /// newline behind every line.
     SpatialUnpad {
-        /// Whether the length of the picture on the grid is rounded to 7 decimals before it is truncated,
-        /// as transformers does since 4.46; before that, and in the original code, it is not, and
-        /// (799, 376) has one line less.
+        /// Whether the length of the picture on the grid is rounded to 7 decimals before it is truncated.
+        /// transformers does so, which once it did not; the original code does not, and sees two columns
+        /// of patches less of a picture of (799, 376).
         rounded: bool,
     },
 }

@@ -23,7 +23,7 @@
 //!
 //! ```text
 //! picture ── input::image ──> pixels ──┐
-//!                                      │  runtime::session: vision graph, once a picture
+//!                                      │  runtime::vision: vision graph, once a picture and its tiles
 //!                                      └─> rows ─────────────┐
 //! question ── input::prompt ──> ids, image tokens expanded ──┴─> sequence
 //!                                                                   │  runtime::session::step
@@ -74,7 +74,8 @@
 //! # The life of a request
 //!
 //! 1. [`runtime::Engine::image`] decodes a picture, resizes it as Pillow would, and runs the vision graph
-//!    once. The rows stay in a buffer of their own; any number of requests can use them.
+//!    once, in LLaVA-NeXT on the picture and its tiles together. The rows stay in a buffer of their own; any
+//!    number of requests can use them, and a picture that comes again is known by its digest.
 //! 2. [`runtime::Engine::generate`] renders the conversation, tokenises it and expands image tokens: a list
 //!    of ids, and the ranges in it that are pictures. Too long for the context? An error, before any work.
 //! 3. A [`runtime::Sequence`] takes over the pages of the last one as far as the two agree.

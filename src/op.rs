@@ -143,7 +143,8 @@ pub enum Op {
     },
     /// Rows of the embedding table, or rows of encoded images. Operands: token ids `[T, 1] i32`, sources
     /// `[T, 1] i32` (a row of the third operand, or -1 for the token's own embedding), image rows
-    /// `[T, D]`. Weight: the table `[V, D]`.
+    /// `[any, D]`. Weight: the table `[V, D]`. LLaVA-NeXT's rows are gathered by it too, from projected
+    /// tiles and a table of one row, the newline.
     EmbedRows,
     /// Rows of the embedding table with positions added: the entrance of CLIP's text tower. Operand: token
     /// ids `[texts*P, 1] i32`. Weights: the table `[V, D]`, positions `[P, D]`.

@@ -63,6 +63,7 @@ fn a_step_allocates_nothing() {
             prefill_chunk: 64,
             max_sequences: 3,
             all_logits: false,
+            ..SessionOptions::default()
         };
         let mut session = Session::new(model, options).unwrap();
         let drawn = Sampling {

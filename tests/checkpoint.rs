@@ -84,7 +84,12 @@ fn fixtures_and_the_demo_open_and_hold_what_their_configs_imply() {
 fn every_layout_spells_and_reads_every_name() {
     let multimodal =
         [Layout::Hub, Layout::StateDict, Layout::HubFlatTower, Layout::StateDictFlatTower, Layout::Original];
-    for (preset, layouts) in [("llava-tiny", &multimodal[..]), ("llama-tiny", &[Layout::Llama][..])] {
+    let presets = [
+        ("llava-tiny", &multimodal[..]),
+        ("llava-next-tiny", &multimodal[..]),
+        ("llama-tiny", &[Layout::Llama][..]),
+    ];
+    for (preset, layouts) in presets {
         let specs = names::tensors(&Preset::find(preset).unwrap().config(DType::F16).unwrap());
         for &layout in layouts {
             let spelt: Vec<_> = specs.iter().map(|spec| layout.spell(&spec.name)).collect();
@@ -110,6 +115,8 @@ fn every_layout_spells_and_reads_every_name() {
             "model.vision_tower.vision_model.post_layernorm.bias",
         ),
         (Layout::StateDict, "lm.head.weight", "lm_head.weight"),
+        (Layout::Hub, "image_newline", "image_newline"),
+        (Layout::StateDict, "image_newline", "model.image_newline"),
         (
             Layout::HubFlatTower,
             "vision.embeddings.class_embedding",

@@ -14,18 +14,21 @@ use tessera::runtime::{Phase, SessionOptions, Source, Want};
 
 /// Every case, and how many kinds of tensors it compares: a case that compares less than it holds is a
 /// defect of the test.
-const CASES: [(&str, usize); 17] = [
+const CASES: [(&str, usize); 20] = [
     ("a_llava15_new_bf16", 4),
     ("b_llava15_old_f16_sharded", 4),
     ("c_chat_on_a", 1),
     ("d_batch_on_a", 1),
     ("h_lora_on_a", 2),
+    ("g_llava_next_bf16", 3),
     ("j_llama_chatml_f32", 1),
     ("names_saved_v5", 4),
     ("names_memory_v5", 4),
     ("features_concat_full", 4),
     ("feature_layer_positive", 4),
     ("text_mqa_bias_tied_llama3", 2),
+    ("next_mistral", 4),
+    ("next_llama3", 4),
     ("rope_linear_mixed_dtypes", 2),
     ("e1_original_linear", 4),
     ("e2_original_marks", 4),
@@ -67,6 +70,9 @@ fn check(cases: &[(&str, usize)], backend: &dyn Fn() -> Arc<dyn Backend>) {
         let mut worst = Worst::default();
         for request in case.requests() {
             let images = images(&mut engine, &case, &request.images);
+            for (image, sha256) in images.iter().zip(&request.pixels_sha256) {
+                assert_eq!(&image.pixels_sha256, sha256, "{name} {}: pixels", image.name);
+            }
             check_vision(&case, &request.name, &images, &mut worst);
             let input = Input::Raw(request.prompt.clone());
             let ours = Request {

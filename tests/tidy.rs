@@ -5,7 +5,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// The modules in the order in which they may depend on each other. `input` stands beside `graph`: it
-/// knows errors, folders and tensors only.
+/// knows errors, folders and tensors only, and what comes after `graph` may know it (a configuration says
+/// how pictures are cut into tiles).
 const ORDER: [&str; 11] =
     ["error", "folder", "tensor", "op", "backend", "graph", "model", "runtime", "bench", "cli", "main"];
 
@@ -81,7 +82,7 @@ fn arrows_point_one_way() {
             seen.insert((from.to_string(), to.clone()));
             let ok = match (from, to.as_str()) {
                 ("input", to) => ["error", "folder", "tensor"].contains(&to),
-                (from, "input") => place(from) > place("model"),
+                (from, "input") => place(from) > place("graph"),
                 (from, to) => place(to).is_some() && place(from) > place(to),
             };
             assert!(ok, "{path} uses crate::{to}: arrows point from right to left in {ORDER:?}");
@@ -135,6 +136,7 @@ fn unsafe_lives_in_few_files() {
             "src/runtime/batch.rs",
             "src/runtime/clip.rs",
             "src/runtime/session.rs",
+            "src/runtime/vision.rs",
             "src/runtime/kv.rs",
             "src/model/checkpoint",
             "src/model/preset",

@@ -99,15 +99,35 @@ impl Run<'_> {
             self.latency("resize", times.preprocess);
             self.latency("vision", times.vision);
             self.latency("projector", times.projector);
+            let image_size = (image.width, image.height);
             handles.push(image);
-            if let Some(vision) = self.engine.session().vision() {
-                let nodes = vision.graph().nodes.len();
-                let one = Bindings { images: 1, ..Bindings::default() };
-                self.done.steps.push(vision.graph().cost(0..nodes, &one, KvExtent::default()));
-                self.done.launches += nodes;
-            }
+            self.count_picture(image_size);
         }
         Ok((total, handles))
+    }
+
+    /// Counts the work of a picture's squares, which go through the vision graph in batches.
+    fn count_picture(&mut self, (width, height): (usize, usize)) {
+        let (session, model) = (self.engine.session(), self.engine.model());
+        let (Some(vision), Ok(preprocess)) = (session.vision(), model.preprocess()) else { return };
+        let assembly =
+            model.vision().and_then(|vision| vision.assembly.as_ref()).map(|assembly| assembly.node);
+        let graph = vision.graph();
+        let (nodes, batch) = (0..assembly.unwrap_or(graph.nodes.len()), vision.plan().max.images);
+        let mut left = preprocess.squares(width, height);
+        while left > 0 {
+            let images = left.min(batch);
+            left -= images;
+            let bindings = Bindings { images, ..Bindings::default() };
+            self.done.steps.push(graph.cost(nodes.clone(), &bindings, KvExtent::default()));
+            self.done.launches += nodes.len();
+        }
+        if let Some(node) = assembly {
+            let tokens = model.config().image_tokens(width, height);
+            let bindings = Bindings { tokens, ..Bindings::default() };
+            self.done.steps.push(graph.cost(node..node + 1, &bindings, KvExtent::default()));
+            self.done.launches += 1;
+        }
     }
 
     fn text(&mut self, prompt: usize, generate: usize, depth: usize, batch: usize) -> Result<f64> {

@@ -182,14 +182,13 @@ fn fitting(plan: &Plan, model: &Model) -> Vec<Test> {
 
 /// An engine with room for the largest of the tests.
 fn engine(model: Arc<Model>, tests: &[Test], prefill_chunk: usize) -> Result<Engine> {
-    let image_tokens = model.vision().map_or(0, |vision| {
-        let one = crate::tensor::Bindings { images: 1, ..Default::default() };
-        vision.graph.ty(vision.features).rows.bind(&one)
-    });
+    let config = model.config();
+    let image_tokens =
+        config.tiling.as_ref().map_or_else(|| config.square_rows(), |tiling| tiling.max_tokens());
     let longest = tests.iter().map(|test| test.positions(image_tokens)).max().unwrap_or(0).max(1);
     let sequences = tests.iter().map(Test::batch).max().unwrap_or(1).max(1);
     let page = crate::op::PAGE;
-    let config = &model.config().text;
+    let config = &config.text;
     let kv_width =
         2 * config.num_layers * config.num_kv_heads * config.head_dim * model.backend().dtype().size();
     let options = SessionOptions {
@@ -197,7 +196,7 @@ fn engine(model: Arc<Model>, tests: &[Test], prefill_chunk: usize) -> Result<Eng
         kv_memory: Some((sequences * longest.next_multiple_of(page) * kv_width) as u64),
         prefill_chunk,
         max_sequences: sequences,
-        all_logits: false,
+        ..SessionOptions::default()
     };
     Ok(Engine::new(Session::new(model, options)?))
 }

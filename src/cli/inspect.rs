@@ -4,13 +4,13 @@ use super::options::{ModelArgs, SessionArgs, format_size};
 use crate::backend::cpu::physical_memory;
 use crate::error::{Error, Result};
 use crate::graph::{Graph, Plan};
-use crate::input::image::ImageMode;
+use crate::input::image::{ImageMode, Merge, Tiling};
 use crate::model::config::{ModelConfig, Pooling, ProjectorConfig, Reference, SelectStrategy, VisionConfig};
 use crate::model::lora::Adapter;
 use crate::model::names::Layout;
 use crate::model::weights::{TensorInfo, Weights};
 use crate::op::{Cost, KvExtent};
-use crate::runtime::{Clip, LoadOptions, MemoryPlan, Model, SessionPlan};
+use crate::runtime::{Clip, LoadOptions, Model, SessionPlan};
 use crate::tensor::{Bindings, View};
 use clap::{Args, ValueEnum};
 use std::collections::{BTreeMap, BTreeSet};
@@ -58,7 +58,7 @@ impl Inspect {
         let plan = SessionPlan::new(&model, &self.session.session_options())?;
         super::print(&match self.graph {
             Some(graph) => self.listing(&model, &plan, graph)?,
-            None => card(&model, &plan.memory),
+            None => card(&model, &plan),
         })
     }
 
@@ -85,8 +85,8 @@ impl Inspect {
                         "vision",
                     ));
                 };
-                let one = Bindings { images: 1, ..Bindings::default() };
-                Ok(nodes(&vision.graph, plan, &one, KvExtent::default()))
+                // Without tiles one picture; with them the largest picture, so far as its squares go together.
+                Ok(nodes(&vision.graph, plan, &plan.max, KvExtent::default()))
             }
             GraphName::Prefill | GraphName::Decode => {
                 let (chunk, context) = (max.tokens, max.context);
@@ -150,8 +150,8 @@ fn nodes(graph: &Graph, plan: &Plan, bindings: &Bindings, kv: KvExtent) -> Strin
 }
 
 /// The model card.
-fn card(model: &Model, plan: &MemoryPlan) -> String {
-    let config = model.config();
+fn card(model: &Model, session: &SessionPlan) -> String {
+    let (config, plan) = (model.config(), &session.memory);
     let mut lines: Vec<(&str, String)> =
         vec![("model", model.name().into()), ("layout", model.weights().layout().to_string())];
     lines.extend(vision_lines(model, config));
@@ -184,13 +184,14 @@ fn card(model: &Model, plan: &MemoryPlan) -> String {
     lines.push((
         "memory plan",
         format!(
-            "weights {} (as stored) + KV cache {} ({} pages of {} positions, context {}) + activations {} = {}",
+            "weights {} (as stored) + KV cache {} ({} pages of {} positions, context {}) + activations {}{} = {}",
             format_size(plan.weights),
             format_size(plan.kv),
             plan.pages,
             crate::op::PAGE,
             plan.context,
             format_size(plan.arena),
+            squares_plan(model, session),
             format_size(plan.total()),
         ),
     ));
@@ -277,6 +278,21 @@ fn adapter_line(adapter: &Adapter, layout: Layout) -> String {
     line
 }
 
+/// What tiles cost, for the picture that has most of them.
+fn squares_plan(model: &Model, session: &SessionPlan) -> String {
+    let (Some(tiling), Some(vision)) = (&model.config().tiling, &session.vision) else {
+        return String::new();
+    };
+    let plan = &session.memory;
+    format!(
+        " (vision {} of them, for {} of {} squares at a time) + projected squares {}",
+        format_size(plan.vision_arena),
+        vision.max.images,
+        tiling.max_squares(),
+        format_size(plan.squares),
+    )
+}
+
 fn vision_lines(model: &Model, config: &ModelConfig) -> Vec<(&'static str, String)> {
     let (Some(v), Some(p)) = (&config.vision, &config.projector) else { return Vec::new() };
     let layers: Vec<_> = config.feature_layers.iter().map(usize::to_string).collect();
@@ -285,26 +301,38 @@ fn vision_lines(model: &Model, config: &ModelConfig) -> Vec<(&'static str, Strin
         SelectStrategy::Default => "class row dropped",
         SelectStrategy::Full => "class row kept",
     };
-    let mode = model.preprocess().map(|processor| match processor.mode {
-        ImageMode::Crop => "crop: the shorter side is resized, the longer one cut",
-        ImageMode::Pad => "pad: put on a square of the mean colour",
-    });
+    let mode = match (&config.tiling, model.preprocess().map(|processor| processor.mode)) {
+        (Some(tiling), _) => tiling_line(tiling),
+        (None, Ok(ImageMode::Crop)) => "crop: the shorter side is resized, the longer one cut".into(),
+        (None, Ok(ImageMode::Pad)) => "pad: put on a square of the mean colour".into(),
+        (None, Err(_)) => "none".into(),
+    };
+    let tokens = match &config.tiling {
+        Some(tiling) => {
+            format!("{} tokens a square, {} a picture at most", config.square_rows(), tiling.max_tokens())
+        }
+        None => format!("{} tokens a picture", config.square_rows()),
+    };
     let apart =
         model.tower_folder().map_or(String::new(), |folder| format!(" of {}", folder.path("").display()));
     vec![
         ("vision tower", tower_line(v, &apart, blocks)),
-        (
-            "image features",
-            format!(
-                "hidden state {}, {rows}: {} tokens a picture",
-                layers.join(" and "),
-                config.image_tokens()
-            ),
-        ),
+        ("image features", format!("hidden state {}, {rows}: {tokens}", layers.join(" and "))),
         ("projector", projector_line(p)),
         ("rules", reference_line(model)),
-        ("image mode", mode.unwrap_or("none").into()),
+        ("image mode", mode),
     ]
+}
+
+/// The canvases of a LLaVA-NeXT, and what becomes of their rows.
+fn tiling_line(tiling: &Tiling) -> String {
+    let sizes: Vec<_> = tiling.resolutions().iter().map(|(w, h)| format!("{w}x{h}")).collect();
+    let merge = match tiling.merge() {
+        Merge::Flat => "square after square",
+        Merge::Spatial => "line by line",
+        Merge::SpatialUnpad { .. } => "line by line without the margin, a newline behind each",
+    };
+    format!("anyres: the whole, and tiles of {} (width x height); rows {merge}", sizes.join(", "))
 }
 
 /// The widths between linear layers.

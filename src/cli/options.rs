@@ -223,7 +223,7 @@ impl SessionArgs {
             prefill_chunk: self.prefill_chunk,
             // A command line runs one sequence at a time.
             max_sequences: 1,
-            all_logits: false,
+            ..SessionOptions::default()
         }
     }
 }

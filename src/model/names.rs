@@ -5,6 +5,7 @@
 //! |---|---|
 //! | `vision.X` | the tower: `embeddings.*`, `pre_layrnorm.*` (sic), `encoder.layers.N.*`, `post_layernorm.*` |
 //! | `projector.X` | `linear_1.{weight,bias}`, `linear_2.{weight,bias}`, and so on |
+//! | `image_newline` | LLaVA-NeXT's row that ends a line of patches, `[H]` |
 //! | `lm.X` | `embed_tokens.weight`, `layers.N.*`, `norm.weight` |
 //! | `lm.head.weight` | the output matrix, absent if it is tied to the embedding |
 //! | `text.X` | CLIP's text tower: `embeddings.*`, `encoder.layers.N.*`, `final_layer_norm.*` |
@@ -13,6 +14,7 @@
 //! X is spelt as transformers spells it.
 
 use super::config::{ModelConfig, TextConfig, VisionConfig};
+use crate::input::image::Tiling;
 use std::fmt;
 
 /// How a checkpoint spells its names.
@@ -85,6 +87,11 @@ impl Layout {
         };
         if let Some(rest) = name.strip_prefix("text.") {
             format!("text_model.{rest}")
+        } else if name == "image_newline" {
+            match self {
+                Layout::Original | Layout::OriginalLinear => format!("model.{name}"),
+                _ => format!("{model}{name}"),
+            }
         } else if let Some(rest) = name.strip_prefix("vision.") {
             format!("{model}{tower}{rest}")
         } else if let Some(rest) = name.strip_prefix("projector.") {
@@ -162,6 +169,9 @@ pub fn canonical(name: &str) -> Option<String> {
     if let Some(rest) = name.strip_prefix("multi_modal_projector.") {
         return Some(format!("projector.{rest}"));
     }
+    if name == "image_newline" {
+        return Some(name.into());
+    }
     if let Some(rest) = name.strip_prefix("mm_projector.") {
         return canonical_mm_projector(rest);
     }
@@ -216,6 +226,9 @@ pub fn tensors(config: &ModelConfig) -> Vec<TensorSpec> {
         for (layer, input) in (1..).zip(projector.inputs()) {
             list.linear(&format!("projector.linear_{layer}"), projector.hidden_size, input, projector.bias);
         }
+    }
+    if config.tiling.as_ref().is_some_and(Tiling::has_newline) {
+        list.push("image_newline", &[config.text.hidden_size]);
     }
     list.language_model(&config.text);
     list.0

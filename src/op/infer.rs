@@ -101,8 +101,8 @@ impl Check<'_> {
                 let rows = self.ins[0].rows;
                 self.typed(0, TensorType::i32(rows, 1))?;
                 self.typed(1, TensorType::i32(rows, 1))?;
-                self.input(2, rows, self.weights[0].cols)?;
-                Ok(vec![self.ins[2]])
+                self.input(2, self.ins[2].rows, self.weights[0].cols)?;
+                Ok(vec![TensorType { rows, ..self.ins[2] }])
             }
             Op::EmbedTokens => {
                 self.count(1, 2)?;

@@ -96,7 +96,7 @@ impl Clip {
                 let build = |b: &mut GraphBuilder<'_>| {
                     clip::image_encoder(b, vision, config.projection_dim, &weights)
                 };
-                Some((preprocess_for([&folder], vision.image_size)?, Tower::new(&backend, build)?))
+                Some((preprocess_for([&folder], vision.image_size, None)?, Tower::new(&backend, build)?))
             }
         };
         let text = match &config.text {
@@ -160,9 +160,7 @@ impl Clip {
         let Some((preprocess, tower)) = &mut self.vision else {
             return Err(Error::Prompt(format!("{} has no vision tower; it takes texts only", self.name)));
         };
-        let side = preprocess.side();
-        let mut pixels = vec![0f32; 3 * side * side];
-        preprocess.pixels(picture, &mut pixels)?;
+        let pixels = preprocess.pixels(picture)?;
         tower.executor.write(tower.ends.input, &pixels)?;
         // The class row stands first.
         tower.run(0, &self.control)

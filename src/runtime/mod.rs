@@ -16,6 +16,7 @@ pub mod sampling;
 pub mod sequence;
 pub mod session;
 pub mod size;
+pub mod vision;
 
 pub use batch::{Advance, Phase, Want};
 pub use clip::{Clip, Embedding, softmax};
@@ -26,3 +27,4 @@ pub use sampling::Sampling;
 pub use sequence::{EncodedImage, Sequence};
 pub use session::Session;
 pub use size::{MemoryPlan, SessionOptions, SessionPlan};
+pub use vision::{Encoded, Pixels};

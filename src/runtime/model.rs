@@ -5,11 +5,11 @@ use crate::backend::cpu::{CpuBackend, physical_memory};
 use crate::error::{Error, Result};
 use crate::folder::Folder;
 use crate::graph::Graph;
-use crate::input::image::{DecodeOptions, ImageMode, Preprocess};
+use crate::input::image::{DecodeOptions, ImageMode, Picture, Preprocess, Tiling, decode};
 use crate::input::prompt::{ChatTemplate, Prompter};
 use crate::model::checkpoint::LoadMode;
-use crate::model::config::{ClipConfig, GenerationConfig, ModelConfig, Reference};
-use crate::model::json;
+use crate::model::config::{ClipConfig, GenerationConfig, ModelConfig, Reference, check_processor_tiling};
+use crate::model::json::{self, Section};
 use crate::model::llama::Llama;
 use crate::model::llava::{self, Language, Vision};
 use crate::model::lora::Lora;
@@ -116,7 +116,9 @@ pub struct LoadOptions {
     pub tower: TowerSearch,
     /// A chat template by name or file, instead of the checkpoint's own.
     pub template: Option<String>,
-    /// Crop or pad, instead of what the checkpoint says.
+    /// Crop or pad, instead of what the checkpoint says. A model that sees tiles then sees one square and
+    /// nothing else, as the original code does with `image_aspect_ratio` square or pad: fewer tokens, less
+    /// to read small print from.
     pub image_mode: Option<ImageMode>,
     /// Whose code to agree with where transformers and the original differ, instead of what the
     /// checkpoint's layout says.
@@ -193,7 +195,7 @@ impl Model {
     /// As for [`load`](Model::load).
     pub fn load_on(backend: Arc<dyn Backend>, source: &Source, options: &LoadOptions) -> Result<Self> {
         let parts = Parts::find(&source.existing_folder()?, &options.tower)?;
-        let (config, mut generation, mut weights) = match source {
+        let (mut config, mut generation, mut weights) = match source {
             Source::Preset(preset) => {
                 let config = preset.config(options.preset_dtype)?;
                 let eos_token_ids = config.text.eos_token_ids.clone();
@@ -207,12 +209,9 @@ impl Model {
             }
         };
         weights.adapt_all(&options.lora, options.load_mode)?;
+        let preprocess = preprocess_of(source, &parts, &mut config, options)?;
         let vision = llava::vision(&*backend, &config, &weights)?;
         let language = llava::language(&*backend, &config, &weights)?;
-        let mut preprocess = preprocess_of(source, &parts, &config, options.reference)?;
-        if let (Some(processor), Some(mode)) = (&mut preprocess, options.image_mode) {
-            processor.mode = mode;
-        }
         let prompter = prompter_of(&parts, &config, options)?;
         if let Some(stop) = prompter.stop_token().filter(|stop| !generation.eos_token_ids.contains(stop)) {
             generation.eos_token_ids.push(stop);
@@ -260,6 +259,15 @@ impl Model {
         self.preprocess
             .as_ref()
             .ok_or_else(|| Error::Prompt(format!("{} is a text model; it takes no pictures", self.name)))
+    }
+
+    /// A picture's upright RGB pixels. `name` is for messages only.
+    ///
+    /// # Errors
+    /// [`Error::Image`]; [`Error::Prompt`] for a text model.
+    pub fn decode(&self, name: &str, bytes: &[u8]) -> Result<Picture> {
+        self.preprocess()?;
+        decode(name, bytes, &self.decode_options())
     }
 
     /// Whose code this model agrees with where transformers and the original LLaVA differ.
@@ -357,40 +365,45 @@ fn decode_options(reference: Reference) -> DecodeOptions {
     DecodeOptions { exif_orientation: transformers, whiten_transparent: transformers }
 }
 
-/// How pictures become pixels for a model that is not loaded: only its configuration files are read.
+/// How the bytes of pictures are read and become pixels for a model that is not loaded, and its configuration:
+/// only configuration files are read.
 ///
 /// # Errors
 /// As for [`Model::load`]; [`Error::Prompt`] for a text model.
-pub fn load_preprocess(source: &Source, options: &LoadOptions) -> Result<(DecodeOptions, Preprocess)> {
+pub fn load_preprocess(
+    source: &Source,
+    options: &LoadOptions,
+) -> Result<(DecodeOptions, Preprocess, ModelConfig)> {
     let parts = Parts::find(&source.existing_folder()?, &options.tower)?;
-    let config = match source {
+    let mut config = match source {
         Source::Preset(preset) => preset.config(DType::F16)?,
         Source::Demo | Source::Directory(_) => parts.config()?,
     };
-    let mut processor = preprocess_of(source, &parts, &config, options.reference)?
+    let processor = preprocess_of(source, &parts, &mut config, options)?
         .ok_or_else(|| Error::Prompt(format!("{source} is a text model; it takes no pictures")))?;
-    processor.mode = options.image_mode.unwrap_or(processor.mode);
-    Ok((decode_options(options.reference.unwrap_or(config.reference)), processor))
+    Ok((decode_options(options.reference.unwrap_or(config.reference)), processor, config))
 }
 
-/// How pictures become pixels; `None` for a text model. The original code takes its tower's settings.
+/// How pictures become pixels; `None` for a text model. The original code takes its tower's settings. If a
+/// mode is asked for there are no tiles, in `config` neither.
 ///
 /// # Errors
 /// A configuration that cannot be used, or one whose pixels would not fit the tower.
 fn preprocess_of(
     source: &Source,
     parts: &Parts,
-    config: &ModelConfig,
-    reference: Option<Reference>,
+    config: &mut ModelConfig,
+    options: &LoadOptions,
 ) -> Result<Option<Preprocess>> {
     let Some(vision) = &config.vision else { return Ok(None) };
     let mut processor = match source {
         Source::Preset(_) => Preprocess::clip(vision.image_size),
         Source::Demo | Source::Directory(_) => {
-            preprocess_for(parts.tower().into_iter().chain([parts.folder()]), vision.image_size)?
+            let folders = parts.tower().into_iter().chain([parts.folder()]);
+            preprocess_for(folders, vision.image_size, config.tiling.as_ref())?
         }
     };
-    match (config.reference, reference) {
+    match (config.reference, options.reference) {
         (Reference::Original, None | Some(Reference::Original)) if config.pads => {
             processor.mode = ImageMode::Pad
         }
@@ -398,22 +411,31 @@ fn preprocess_of(
         (Reference::Transformers, Some(Reference::Original)) => processor.mode = ImageMode::Pad,
         _ => {}
     }
+    if let Some(mode) = options.image_mode {
+        processor.mode = mode;
+        config.tiling = None;
+    }
+    processor.tiling = config.tiling.clone();
     Ok(Some(processor))
 }
 
 /// How pictures become pixels for a tower that reads squares of `image_size`, as the first of `folders` that
-/// says so has it.
+/// says so has it. It must cut the tiles of `tiling`, if there are any.
 ///
 /// # Errors
 /// A configuration that cannot be used, or one whose pixels would not fit the tower.
 pub(super) fn preprocess_for<'a>(
     folders: impl IntoIterator<Item = &'a Folder>,
     image_size: usize,
+    tiling: Option<&Tiling>,
 ) -> Result<Preprocess> {
     const FILE: &str = "preprocessor_config.json";
     for folder in folders {
         let Some(map) = json::find_object(folder, FILE)? else { continue };
         let file = folder.path(FILE);
+        if let Some(tiling) = tiling {
+            check_processor_tiling(&Section::root(&file, &map), tiling)?;
+        }
         let processor = Preprocess::from_json(&file, &map.into())?;
         if processor.side() != image_size {
             return Err(Error::Config {

@@ -10,22 +10,21 @@ use super::pages::PageAllocator;
 use super::sampling::Sampling;
 use super::sequence::{EncodedImage, Sequence, SharedPages};
 use super::size::{MemoryPlan, SessionOptions, SessionPlan};
+use super::vision::{Encoded, Encoder, Pixels};
 use crate::backend::Buffer;
 use crate::backend::cpu::physical_memory;
 use crate::error::{Error, Result};
 use crate::graph::{Control, Executor};
 use crate::model::llama::Llama;
 use crate::op::KvExtent;
-use crate::tensor::Bindings;
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 /// What a running model writes to.
 pub struct Session {
     model: Arc<Model>,
     language: Executor,
-    vision: Option<Executor>,
+    vision: Option<Encoder>,
     kv: KvPool,
     pages: SharedPages,
     plan: MemoryPlan,
@@ -55,7 +54,8 @@ impl Session {
         let vision = model
             .vision()
             .zip(vision_plan)
-            .map(|(v, plan)| Executor::new(v.graph.clone(), backend.clone(), plan, arena.clone(), &[]));
+            .map(|(v, plan)| Encoder::new(model.clone(), v.clone(), plan, arena.clone()))
+            .transpose()?;
         let pages = SharedPages::new(PageAllocator::new(max.pages));
         let staging = Staging::with_capacity(&max, options.max_sequences);
         Ok(Session { model, language, vision, kv, pages, plan: memory, options, staging, _rope: rope })
@@ -98,7 +98,7 @@ impl Session {
 
     /// The executor of the vision graph, for inspection.
     pub fn vision(&self) -> Option<&Executor> {
-        self.vision.as_ref()
+        self.vision.as_ref().map(Encoder::executor)
     }
 
     /// A new sequence of `ids`, in which each of `images` takes the place of a range of placeholders.
@@ -183,55 +183,23 @@ impl Session {
         }
     }
 
-    /// Runs the vision tower and the projector on normalised pixels `[3*S*S]`, and tells how long each took.
+    /// Runs the vision tower and the projector on a picture.
     ///
     /// # Errors
     /// [`Error::Cancelled`]; [`Error::NonFinite`]; [`Error::Prompt`] if the model has no vision tower.
     ///
     /// # Panics
-    /// If `pixels` is not as long as the tower's input.
-    pub fn encode(
-        &mut self,
-        pixels: &[f32],
-        digest: [u8; 32],
-        control: &Control,
-    ) -> Result<(EncodedImage, [Duration; 2])> {
-        let (Some(vision), Some(part)) = (&mut self.vision, self.model.vision()) else {
-            return Err(Error::Prompt(format!("{} is a text model; it takes no images", self.model.name())));
-        };
-        let bindings = Bindings { images: 1, ..Bindings::default() };
-        assert_eq!(pixels.len(), vision.view(part.pixels, &bindings).len(), "pixels");
-        vision.write(part.pixels, pixels)?;
-        let start = Instant::now();
-        // SAFETY: the vision graph has no index inputs and no states; `&mut self` keeps the arena ours.
-        unsafe { vision.run_nodes(0..part.projector, &bindings, control)? };
-        let tower = start.elapsed();
-        // SAFETY: as above.
-        unsafe { vision.run_nodes(part.projector..part.graph.nodes.len(), &bindings, control)? };
-        let projector = start.elapsed() - tower;
-        let view = vision.view(part.features, &bindings);
-        let rows = self.model.backend().alloc("an image's rows", view.bytes())?;
-        if vision.read_floats(part.features, &bindings)?.iter().any(|x| !x.is_finite()) {
-            // SAFETY: as above.
-            let node = unsafe { vision.first_non_finite(&bindings)? };
-            return Err(non_finite(0, node));
+    /// If the pixels are not as many as the tower reads, or their order does not fit them.
+    pub fn encode(&mut self, pixels: Pixels<'_>, control: &Control) -> Result<Encoded> {
+        match &mut self.vision {
+            Some(vision) => vision.encode(pixels, control),
+            None => Err(Error::Prompt(format!("{} is a text model; it takes no images", self.model.name()))),
         }
-        // SAFETY: `rows` was just allocated with the size of `view`, which lies in the arena.
-        unsafe { self.model.backend().copy(view.addr, rows.addr, view.bytes())? };
-        let model = Arc::downgrade(&self.model);
-        Ok((EncodedImage { rows, len: view.rows, digest, model }, [tower, projector]))
     }
 
-    /// The selected hidden state of the last [`encode`](Session::encode), class row included: its rows
-    /// and its values, row after row. To be read before any other step. `None` for a text model.
-    ///
-    /// # Errors
-    /// [`Error::Device`].
-    pub fn vision_hidden(&self) -> Result<Option<(usize, Vec<f32>)>> {
-        let bindings = Bindings { images: 1, ..Bindings::default() };
-        let (Some(vision), Some(part)) = (&self.vision, self.model.vision()) else { return Ok(None) };
-        let rows = vision.view(part.hidden, &bindings).rows;
-        Ok(Some((rows, vision.read_floats(part.hidden, &bindings)?)))
+    /// Nodes that run for a picture of so many squares, for progress.
+    pub fn vision_nodes(&self, squares: usize) -> usize {
+        self.vision.as_ref().map_or(0, |vision| vision.nodes(squares))
     }
 
     /// The rows of an encoded image, for dumps.

@@ -2,6 +2,7 @@
 
 use super::kv::page_bytes;
 use super::model::Model;
+use super::vision;
 use crate::error::{Error, Result};
 use crate::graph::Plan;
 use crate::model::config::TextConfig;
@@ -19,6 +20,9 @@ pub struct SessionOptions {
     pub prefill_chunk: usize,
     /// Most sequences of one step.
     pub max_sequences: usize,
+    /// Most squares, pictures or tiles of one, that pass through the vision tower together. More go in
+    /// several runs, to the same bits.
+    pub vision_batch: usize,
     /// Makes room for the logits of every row of a step; without it, for as many rows as sequences.
     pub all_logits: bool,
 }
@@ -30,6 +34,7 @@ impl Default for SessionOptions {
             kv_memory: None,
             prefill_chunk: 1024,
             max_sequences: 8,
+            vision_batch: 8,
             all_logits: false,
         }
     }
@@ -44,6 +49,10 @@ pub struct MemoryPlan {
     pub kv: u64,
     /// Inputs, intermediates and workspace of the larger of the two graphs.
     pub arena: u64,
+    /// What the vision graph needs of the arena, for as many squares as it reads together.
+    pub vision_arena: u64,
+    /// The projected squares of a picture, in a model that sees tiles.
+    pub squares: u64,
     /// Pages in the pool.
     pub pages: usize,
     /// Most positions of one sequence.
@@ -53,7 +62,7 @@ pub struct MemoryPlan {
 impl MemoryPlan {
     /// All of it.
     pub fn total(&self) -> u64 {
-        self.weights + self.kv + self.arena
+        self.weights + self.kv + self.arena + self.squares
     }
 
     /// Refuses a plan for more than `available` bytes of memory; 0 stands for not known. Weights count although
@@ -103,13 +112,14 @@ impl SessionPlan {
         let backend = &**model.backend();
         let max = limits(config, options, backend.dtype())?;
         let language = Plan::new(model.language(), backend, max);
-        let one_image = Bindings { images: 1, ..Bindings::default() };
-        let vision = model.vision().map(|v| Plan::new(&v.graph, backend, one_image));
-        let arena = language.bytes.max(vision.as_ref().map_or(0, |plan| plan.bytes));
+        let vision = model.vision().map(|v| vision::plan(model, v, options)).transpose()?;
+        let vision_arena = vision.as_ref().map_or(0, |plan| plan.bytes);
         let memory = MemoryPlan {
             weights: model.weight_bytes(),
             kv: (max.pages * page_bytes(config, backend.dtype())) as u64,
-            arena: arena as u64,
+            arena: language.bytes.max(vision_arena) as u64,
+            vision_arena: vision_arena as u64,
+            squares: model.vision().map_or(0, vision::squares_bytes) as u64,
             pages: max.pages,
             context: max.context,
         };

@@ -122,6 +122,8 @@ impl Case {
                 let (matrices, own) = Op::matrices(self.weights.len(), bias, pairs);
                 i < matrices || i >= own
             }
+            // Its table is gathered from, though it be a single newline.
+            Op::EmbedRows => true,
             _ => rows > 1,
         };
         let values: Vec<f32> = (0..rows * cols)
@@ -161,8 +163,9 @@ impl Case {
             Op::EmbedRows => {
                 let vocab = self.weights[0][0];
                 ins[0].iter_mut().for_each(|id| *id = random.below(vocab) as u32);
-                for (row, source) in ins[1].iter_mut().enumerate() {
-                    *source = if random.below(2) == 0 { u32::MAX } else { row as u32 };
+                let image_rows = ins[2].len() / self.weights[0][1];
+                for source in &mut ins[1] {
+                    *source = if random.below(2) == 0 { u32::MAX } else { random.below(image_rows) as u32 };
                 }
             }
             Op::SelectRows { select: Select::Index } => {

@@ -167,7 +167,8 @@ pub fn edges() -> Vec<Case> {
 }
 
 /// Logits: f32 on every device.
-const WIDE: Op = Op::Linear { act: Activation::None, bias: false, residual: false, wide: true, pairs: Vec::new() };
+const WIDE: Op =
+    Op::Linear { act: Activation::None, bias: false, residual: false, wide: true, pairs: Vec::new() };
 
 /// Every case of the tests: rows 1 to a few, odd and prime, tails of every kind.
 pub fn all() -> Vec<Case> {
@@ -242,8 +243,11 @@ pub fn all() -> Vec<Case> {
     for (rows, cols) in [(1, 8), (5, 19), (12, 64)] {
         let index = TensorType::i32(Rows::Tokens, 1);
         for dtype in dtypes {
-            let ins = vec![index, index, f32s(Rows::Tokens, cols)];
-            cases.push(Case { dtype, ..case(Op::EmbedRows, ins, vec![[23, cols]], tokens(rows)) });
+            // A language model's table and as many image rows as tokens; a newline and the rows of tiles.
+            for (table, image_rows) in [(23, Rows::Tokens), (1, Rows::Fixed(31))] {
+                let ins = vec![index, index, f32s(image_rows, cols)];
+                cases.push(Case { dtype, ..case(Op::EmbedRows, ins, vec![[table, cols]], tokens(rows)) });
+            }
         }
         let select = |select| Op::SelectRows { select };
         let ins = vec![f32s(Rows::Tokens, cols), TensorType::i32(Rows::Outputs, 1)];

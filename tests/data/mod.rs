@@ -22,6 +22,8 @@ pub struct CaseRequest {
     pub prompt: String,
     /// File names of its pictures.
     pub images: Vec<String>,
+    /// SHA-256 of the pixels of each, where the case has it.
+    pub pixels_sha256: Vec<String>,
     /// Tokens generated, unless end of text came before.
     pub max_new_tokens: usize,
     /// The decoded answer.
@@ -95,6 +97,7 @@ impl Case {
                 name: r["name"].as_str().unwrap().into(),
                 prompt: r["prompt"].as_str().unwrap().into(),
                 images: strings(&r["images"]),
+                pixels_sha256: strings(&r["pixels_sha256"]),
                 max_new_tokens: r["sampling"]["max_new_tokens"].as_u64().unwrap() as usize,
                 expected_text: r["expected_text"].as_str().map(String::from),
                 question: r["question"].as_str().map(String::from),

@@ -10,6 +10,8 @@ use serde_json::Value;
 pub(super) enum Family {
     /// A LLaVA as transformers saves it.
     Llava,
+    /// A LLaVA-NeXT as transformers saves it.
+    LlavaNext,
     /// A LLaVA as its authors' code saves it.
     Original,
     /// A language model by itself.
@@ -17,8 +19,9 @@ pub(super) enum Family {
 }
 
 /// Class names and `model_type`s of each family; the first that a config names decides.
-const FAMILIES: [(&str, &[&str], Family); 4] = [
+const FAMILIES: [(&str, &[&str], Family); 5] = [
     ("LlavaForConditionalGeneration", &["llava"], Family::Llava),
+    ("LlavaNextForConditionalGeneration", &["llava_next"], Family::LlavaNext),
     ("LlavaLlamaForCausalLM", &["llava", "llava_llama"], Family::Original),
     ("LlamaForCausalLM", &["llama"], Family::Text),
     ("MistralForCausalLM", &["mistral"], Family::Text),
@@ -27,13 +30,14 @@ const FAMILIES: [(&str, &[&str], Family); 4] = [
 /// A class that stands in files under more than one `model_type` and so is looked for by itself.
 const MISTRAL: (&str, &str) = ("LlavaMistralForCausalLM", "llava_mistral");
 
-const SUPPORTED: &str = "a LLaVA with a CLIP tower (`llava`: LlavaForConditionalGeneration; `llava_llama`, \
+const SUPPORTED: &str = "a LLaVA with a CLIP tower (`llava`: LlavaForConditionalGeneration; `llava_next`: \
+                         LlavaNextForConditionalGeneration; `llava_llama`, \
                          `llava_mistral`: the original LlavaLlamaForCausalLM, LlavaMistralForCausalLM), `llama` or \
                          `mistral` (LlamaForCausalLM, MistralForCausalLM)";
 
 /// What begins a `model_type` or a class name, in lower case without `_` and `-`, and what such a model is.
 /// The longest that fits is named.
-const OTHERS: [(&str, &str); 31] = [
+const OTHERS: [(&str, &str); 30] = [
     ("blip", "BLIP, with cross-attention to the picture"),
     ("blip2", "BLIP-2, with a Q-former between tower and language model"),
     ("chameleon", "Chameleon, with discrete picture tokens"),
@@ -46,7 +50,6 @@ const OTHERS: [(&str, &str); 31] = [
     ("internvl", "InternVL, with an InternViT tower"),
     ("kosmos2", "Kosmos-2"),
     ("llavampt", "a LLaVA over MPT"),
-    ("llavanext", "LLaVA-NeXT"),
     ("llavanextvideo", "LLaVA-NeXT-Video"),
     ("llavaonevision", "LLaVA-OneVision, with a SigLIP tower and a Qwen2 language model"),
     ("llavaqwen", "a LLaVA over Qwen"),

@@ -2,8 +2,8 @@
 //! in and every number within sane bounds.
 //!
 //! Older savers omit whatever equals the class default, so the defaults here are those of transformers'
-//! `LlavaConfig`, `LlamaConfig`, `MistralConfig` and `CLIPVisionConfig`, and not those of any one model.
-//! The original LLaVA's configurations have keys and defaults of their own, in [`original`].
+//! `LlavaConfig`, `LlavaNextConfig`, `LlamaConfig`, `MistralConfig` and `CLIPVisionConfig`, and not those of
+//! any one model. The original LLaVA's configurations have keys and defaults of their own, in [`original`].
 //! Keys that were renamed over the years (`torch_dtype`, `rope_theta`, `image_token_id`, ...) are read
 //! in all their spellings.
 
@@ -13,12 +13,14 @@ mod generation;
 mod original;
 mod rope;
 mod text;
+mod tiling;
 mod vision;
 
 pub use clip::{ClipConfig, ClipTextConfig, Pooling};
 pub use generation::GenerationConfig;
 pub use rope::{Rope, RopeScaling};
 pub use text::TextConfig;
+pub use tiling::{check_processor_tiling, original_tiling};
 pub use vision::VisionConfig;
 
 use family::Family;
@@ -26,6 +28,7 @@ use family::Family;
 use super::json::{self, MAX_TOKEN_ID, Section};
 use crate::error::Result;
 use crate::folder::Folder;
+use crate::input::image::Tiling;
 use crate::tensor::DType;
 use serde_json::{Map, Value};
 use std::path::Path;
@@ -53,6 +56,8 @@ pub struct ModelConfig {
     pub picture_tokens: &'static [&'static str],
     /// Whose code the checkpoint was made for.
     pub reference: Reference,
+    /// How pictures are seen in tiles, by a LLaVA-NeXT; without it each is one square.
+    pub tiling: Option<Tiling>,
     /// The language model.
     pub text: TextConfig,
     /// The dtype the checkpoint claims to be in. A hint: each tensor carries its own.
@@ -134,6 +139,11 @@ impl ModelConfig {
         }
         match Family::of(root)? {
             Family::Llava => Self::llava(root),
+            Family::LlavaNext => {
+                let config = Self::llava(root)?;
+                let tiling = tiling::hugging_face(root, &config)?;
+                Ok(ModelConfig { tiling: Some(tiling), ..config })
+            }
             Family::Original => Self::original(root, tower),
             Family::Text => Ok(ModelConfig {
                 vision: None,
@@ -141,6 +151,7 @@ impl ModelConfig {
                 image_token_id: None,
                 feature_layers: Vec::new(),
                 select: SelectStrategy::Default,
+                tiling: None,
                 pads: false,
                 picture_tokens: &[],
                 reference: Reference::Transformers,
@@ -176,17 +187,26 @@ impl ModelConfig {
             picture_tokens: &[],
             reference: Reference::Transformers,
             vision: Some(vision),
+            tiling: None,
             text,
             dtype: dtype(root)?,
         })
     }
 
-    /// Rows that one image takes in a prompt, 0 in a text model.
-    pub fn image_tokens(&self) -> usize {
+    /// Rows of one square after the projector, 0 in a text model.
+    pub fn square_rows(&self) -> usize {
         self.vision.as_ref().map_or(0, |vision| match self.select {
             SelectStrategy::Default => vision.num_patches(),
             SelectStrategy::Full => vision.num_patches() + 1,
         })
+    }
+
+    /// Rows that an image of `width` x `height` pixels takes in a prompt, 0 in a text model.
+    pub fn image_tokens(&self, width: usize, height: usize) -> usize {
+        match &self.tiling {
+            Some(tiling) => tiling.tiles(width, height).tokens(),
+            None => self.square_rows(),
+        }
     }
 }
 

@@ -2,7 +2,7 @@
 //! stands before it. The tower is a checkpoint of its own, whose `config.json` has its dimensions.
 
 use super::{Family, ModelConfig, ProjectorConfig, Reference, SelectStrategy, TextConfig, VisionConfig};
-use super::{dtype, resolve_layer};
+use super::{dtype, original_tiling, resolve_layer};
 use crate::error::Result;
 use crate::model::json::Section;
 
@@ -42,7 +42,14 @@ impl ModelConfig {
         let layer =
             layer.ok_or_else(|| root.error(LAYER, format!("a layer from {} to {}", -states, states - 1)))?;
         let features = [("patch", SelectStrategy::Default), ("cls_patch", SelectStrategy::Full)];
-        let shapes = [("square", false), ("pad", true)];
+        let select = root.choice("mm_vision_select_feature", "patch", &features)?;
+        let shapes = [("square", false), ("pad", true), ("anyres", false)];
+        let pads = root.choice("image_aspect_ratio", "square", &shapes)?;
+        let tiling = original_tiling(root, &vision)?;
+        if tiling.is_some() && select == SelectStrategy::Full {
+            let expected = "`patch`: a class row has no place among tiles";
+            return Err(root.error("mm_vision_select_feature", expected));
+        }
         Ok(ModelConfig {
             projector: Some(ProjectorConfig {
                 input_size: vision.hidden_size,
@@ -52,8 +59,9 @@ impl ModelConfig {
             }),
             image_token_id: None,
             feature_layers: vec![layer],
-            select: root.choice("mm_vision_select_feature", "patch", &features)?,
-            pads: root.choice("image_aspect_ratio", "square", &shapes)?,
+            select,
+            pads,
+            tiling,
             picture_tokens: picture_tokens(root)?,
             reference: Reference::Original,
             vision: Some(vision),

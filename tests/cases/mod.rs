@@ -16,6 +16,7 @@ mod table;
 
 #[allow(unused_imports, reason = "each test program uses a part")]
 pub use pairs::pairs;
+#[allow(unused_imports, reason = "each test program uses a part")]
 pub use table::{all, edges, linear};
 
 use std::sync::Arc;

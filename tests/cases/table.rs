@@ -167,7 +167,8 @@ pub fn edges() -> Vec<Case> {
 }
 
 /// Logits: f32 on every device.
-const WIDE: Op = Op::Linear { act: Activation::None, bias: false, residual: false, wide: true };
+const WIDE: Op =
+    Op::Linear { act: Activation::None, bias: false, residual: false, wide: true, pairs: Vec::new() };
 
 /// Every case of the tests: rows 1 to a few, odd and prime, tails of every kind.
 pub fn all() -> Vec<Case> {

@@ -193,9 +193,10 @@ impl Model {
                 (config, generation, Weights::open(&folder, options.load_mode)?)
             }
         };
-        let preprocess = preprocess_of(source, &mut config, options.image_mode)?;
+        leave_tiles_out(&mut config, options.image_mode);
         let vision = llava::vision(&*backend, &config, &weights)?;
         let language = llava::language(&*backend, &config, &weights)?;
+        let preprocess = preprocess_of(source, &config, options.image_mode)?;
         let mut prompter = Prompter::load(&folder, config.text.vocab_size, config.image_token_id)?;
         if let Some(template) = &options.template {
             prompter = prompter.with_template(ChatTemplate::named(template, &folder)?);
@@ -289,19 +290,26 @@ pub fn load_preprocess(source: &Source, mode: Option<ImageMode>) -> Result<(Prep
         Source::Preset(preset) => preset.config(DType::F16)?,
         Source::Demo | Source::Directory(_) => ModelConfig::load(&source.existing_folder()?)?,
     };
-    let processor = preprocess_of(source, &mut config, mode)?
+    leave_tiles_out(&mut config, mode);
+    let processor = preprocess_of(source, &config, mode)?
         .ok_or_else(|| Error::Prompt(format!("{source} is a text model; it takes no pictures")))?;
     Ok((processor, config))
 }
 
-/// How pictures become pixels; `None` for a text model. If a mode is asked for there are no tiles, in
-/// `config` neither.
+/// Crop and pad are ways of making one square.
+fn leave_tiles_out(config: &mut ModelConfig, mode: Option<ImageMode>) {
+    if mode.is_some() {
+        config.tiling = None;
+    }
+}
+
+/// How pictures become pixels; `None` for a text model.
 ///
 /// # Errors
 /// A configuration that cannot be used, or one whose pixels would not fit the tower.
 fn preprocess_of(
     source: &Source,
-    config: &mut ModelConfig,
+    config: &ModelConfig,
     mode: Option<ImageMode>,
 ) -> Result<Option<Preprocess>> {
     let Some(vision) = &config.vision else { return Ok(None) };
@@ -329,10 +337,7 @@ fn preprocess_of(
             found: processor.side().to_string(),
         });
     }
-    if let Some(mode) = mode {
-        processor.mode = mode;
-        config.tiling = None;
-    }
+    processor.mode = mode.unwrap_or(processor.mode);
     processor.tiling = config.tiling.clone();
     Ok(Some(processor))
 }

@@ -152,9 +152,9 @@ fn every_layout_spells_and_reads_every_name() {
         ("encoder.layers.3.mlp.fc1.bias", Some("vision.encoder.layers.3.mlp.fc1.bias")),
         ("model.mm_projector.1.weight", None),
         ("model.mm_projector.x.weight", None),
-        ("text_model.encoder.layers.0.mlp.fc1.bias", None),
-        ("visual_projection.weight", None),
-        ("logit_scale", None),
+        ("text_model.encoder.layers.0.mlp.fc1.bias", Some("text.encoder.layers.0.mlp.fc1.bias")),
+        ("visual_projection.weight", Some("visual_projection.weight")),
+        ("logit_scale", Some("logit_scale")),
     ] {
         assert_eq!(names::canonical(name).as_deref(), canonical, "{name}");
     }

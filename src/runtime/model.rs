@@ -209,9 +209,10 @@ impl Model {
             }
         };
         weights.adapt_all(&options.lora, options.load_mode)?;
-        let preprocess = preprocess_of(source, &parts, &mut config, options)?;
+        leave_tiles_out(&mut config, options.image_mode);
         let vision = llava::vision(&*backend, &config, &weights)?;
         let language = llava::language(&*backend, &config, &weights)?;
+        let preprocess = preprocess_of(source, &parts, &config, options)?;
         let prompter = prompter_of(&parts, &config, options)?;
         if let Some(stop) = prompter.stop_token().filter(|stop| !generation.eos_token_ids.contains(stop)) {
             generation.eos_token_ids.push(stop);
@@ -379,20 +380,27 @@ pub fn load_preprocess(
         Source::Preset(preset) => preset.config(DType::F16)?,
         Source::Demo | Source::Directory(_) => parts.config()?,
     };
-    let processor = preprocess_of(source, &parts, &mut config, options)?
+    leave_tiles_out(&mut config, options.image_mode);
+    let processor = preprocess_of(source, &parts, &config, options)?
         .ok_or_else(|| Error::Prompt(format!("{source} is a text model; it takes no pictures")))?;
     Ok((decode_options(options.reference.unwrap_or(config.reference)), processor, config))
 }
 
-/// How pictures become pixels; `None` for a text model. The original code takes its tower's settings. If a
-/// mode is asked for there are no tiles, in `config` neither.
+/// Crop and pad are ways of making one square.
+fn leave_tiles_out(config: &mut ModelConfig, mode: Option<ImageMode>) {
+    if mode.is_some() {
+        config.tiling = None;
+    }
+}
+
+/// How pictures become pixels; `None` for a text model. The original code takes its tower's settings.
 ///
 /// # Errors
 /// A configuration that cannot be used, or one whose pixels would not fit the tower.
 fn preprocess_of(
     source: &Source,
     parts: &Parts,
-    config: &mut ModelConfig,
+    config: &ModelConfig,
     options: &LoadOptions,
 ) -> Result<Option<Preprocess>> {
     let Some(vision) = &config.vision else { return Ok(None) };
@@ -411,10 +419,7 @@ fn preprocess_of(
         (Reference::Transformers, Some(Reference::Original)) => processor.mode = ImageMode::Pad,
         _ => {}
     }
-    if let Some(mode) = options.image_mode {
-        processor.mode = mode;
-        config.tiling = None;
-    }
+    processor.mode = options.image_mode.unwrap_or(processor.mode);
     processor.tiling = config.tiling.clone();
     Ok(Some(processor))
 }

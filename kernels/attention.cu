@@ -60,7 +60,7 @@ template <class T> struct Run {
 
 template <class T, int E> DEVICE void attend(const AttentionArgs& args, const Run<T>& run, T* shared) {
     const int first = warp_id() * ROWS;
-    const int last = first + ROWS < run.rows ? first + ROWS : run.rows;
+    const int last = min(first + ROWS, run.rows);
     const int limit = run.seen(run.rows - 1), tiles = (limit + KEYS - 1) / KEYS;
     const int cols = args.head_dim;
 
@@ -112,10 +112,12 @@ template <class T, int E> DEVICE void attend(const AttentionArgs& args, const Ru
 #pragma unroll
         for (int d = 0; d < E / 8; d++) {
             int col = d * 8 + lane_id() % 4 * 2;
-            if (mask(row < run.rows) && mask(col < cols)) {
-                const float* o = queries.o[d] + 2 * r;
-                *(uint32_t*)(run.out + row * stride + col) = pack2<T>(o[0] * inverse, o[1] * inverse);
-            }
+            bool row_inside = mask(row < run.rows);
+            bool col_inside = mask(col < cols);
+            if (!row_inside || !col_inside) continue;
+            // A masked tile may turn -0 into 0, as adding zeros does: so all zeros become 0.
+            float lo = queries.o[d][2 * r] * inverse + 0.0f, hi = queries.o[d][2 * r + 1] * inverse + 0.0f;
+            *(uint32_t*)(run.out + row * stride + col) = pack2<T>(lo, hi);
         }
     }
 }
@@ -127,10 +129,7 @@ DEVICE int end_of_sequence(const int32_t* starts, int begin, int end) {
         if (row < found && starts[row] != starts[begin]) found = row;
     }
 #pragma unroll
-    for (int step = WARP / 2; step > 0; step /= 2) {
-        int other = shuffle_xor(found, step);
-        found = other < found ? other : found;
-    }
+    for (int step = WARP / 2; step > 0; step /= 2) found = min(found, shuffle_xor(found, step));
     return found;
 }
 
@@ -139,7 +138,7 @@ template <class T, int E> DEVICE void attention(const AttentionArgs& args) {
     // Heads first, then tiles from the last: with a causal mask late rows are long, and long blocks go first.
     const int head = blockIdx.x, rows = args.rows;
     int begin = (gridDim.y - 1 - blockIdx.y) * TILE;
-    const int end = begin + TILE < rows ? begin + TILE : rows;
+    const int end = min(begin + TILE, rows);
     const int64_t image = (int64_t)blockIdx.z * rows;
     const int64_t kv = (int64_t)(head / args.group) * args.head_stride + image * args.kv_stride;
     while (begin < end) {

@@ -26,8 +26,9 @@ template <class T, int E> DEVICE void copy_rows(T* shared, const T* from, int st
 #pragma unroll
     for (int i = 0; i < PAGE * VECS / WARP; i++) {
         int row = (i * WARP + lane_id()) / VECS, col = (i * WARP + lane_id()) % VECS * VEC<T>;
-        bool valid = mask(row < rows) && mask(col < cols);
-        copy16_async(shared + row * ROW<E> + col, from + row * stride + col, valid);
+        bool row_inside = mask(row < rows);
+        bool col_inside = mask(col < cols);
+        copy16_async(shared + row * ROW<E> + col, from + row * stride + col, row_inside && col_inside);
     }
 }
 
@@ -46,8 +47,9 @@ template <class T, int E> struct Queries {
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 int row = lane_id() / 4 + i % 2 * 8, col = k * 16 + i / 2 * 8 + lane_id() % 4 * 2;
-                bool valid = mask(row < rows) && mask(col < cols);
-                q[k][i] = valid ? *(const uint32_t*)(from + row * stride + col) : 0;
+                bool row_inside = mask(row < rows);
+                bool col_inside = mask(col < cols);
+                q[k][i] = row_inside && col_inside ? *(const uint32_t*)(from + row * stride + col) : 0;
             }
         }
     }

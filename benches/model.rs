@@ -13,7 +13,7 @@ use tessera::backend::cpu::machine::Machine;
 use tessera::graph::{Control, Executor};
 use tessera::model::preset::Preset;
 use tessera::op::{Cost, KvExtent, PAGE};
-use tessera::runtime::{Advance, LoadOptions, Model, Sampling, Session, SessionOptions, Source, Want};
+use tessera::runtime::{Advance, LoadOptions, Model, Phase, Sampling, Session, SessionOptions, Source, Want};
 use tessera::tensor::{Bindings, DType};
 
 const PROMPT: usize = 640;
@@ -55,13 +55,15 @@ fn main() {
     let flops = cost(session.language(), bindings, kv).flops as f64;
     let time = best(runs, || {
         let mut sequence = session.sequence(&ids, Vec::new(), Sampling::GREEDY).expect("a sequence");
-        let advance = Advance { sequence: &mut sequence, tokens: PROMPT, want: Want::Next };
+        let advance =
+            Advance { sequence: &mut sequence, tokens: PROMPT, want: Want::Next, phase: Phase::Prefill };
         session.step(&mut [advance], &Control::default()).expect("a step");
     });
     report(&format!("prefill {PROMPT}"), time, flops, fma_rate(&machine), "GFLOP/s");
 
     let mut sequence = session.sequence(&ids, Vec::new(), Sampling::GREEDY).expect("a sequence");
-    let advance = Advance { sequence: &mut sequence, tokens: PROMPT, want: Want::Next };
+    let advance =
+        Advance { sequence: &mut sequence, tokens: PROMPT, want: Want::Next, phase: Phase::Prefill };
     session.step(&mut [advance], &Control::default()).expect("a step");
     let mut times = Vec::new();
     let mut bytes = 0;
@@ -71,7 +73,7 @@ fn main() {
         let past = sequence.cached();
         bytes = cost(session.language(), self::bindings(&session, 1, past + 1), KvExtent::of(past, 1)).bytes;
         let start = Instant::now();
-        let advance = Advance { sequence: &mut sequence, tokens: 1, want: Want::Next };
+        let advance = Advance { sequence: &mut sequence, tokens: 1, want: Want::Next, phase: Phase::Decode };
         session.step(&mut [advance], &Control::default()).expect("a step");
         times.push(start.elapsed().as_secs_f64());
     }

@@ -56,7 +56,8 @@
 //!
 //! - **A row's result has the same bits whatever rows stand beside it**: whatever batch, chunk, pages or
 //!   threads. Each sum has one written-down order (`backend/cpu/linear.rs`, `attention.rs`), which names no
-//!   row count; on the CPU it is the same for every instruction set.
+//!   row count; on the CPU it is the same for every instruction set. A device may have one family of kernels
+//!   for rows of given text and one for rows of chosen tokens: there a row's [`runtime::Phase`] counts as well.
 //! - **A step allocates nothing.** Intermediates lie in one arena, planned from lifetimes for the largest
 //!   step; rows are staged in vectors of fixed capacity. A counting allocator checks it.
 //! - **Weights are used where they are.** A checkpoint is mapped; loading parses its header, and a page of

@@ -10,7 +10,7 @@
 mod infer;
 
 use crate::error::Result;
-use crate::tensor::{DType, TensorType, View};
+use crate::tensor::{DType, TensorType, View, Weight};
 use infer::Check;
 
 /// Token positions in one page of the KV cache. Sixteen positions are one vector of scores on every
@@ -80,6 +80,8 @@ pub enum Op {
         bias: bool,
         /// Whether a second operand `[T, ΣN_i]` is added to the result.
         residual: bool,
+        /// Whether the result is f32 whatever the activations are: logits, which a sampler compares.
+        wide: bool,
     },
     /// `silu(x·Wgᵀ + bg) ⊙ (x·Wuᵀ + bu)`. Weights: gate `[F, D]`, up `[F, D]`, with `bias` two vectors.
     GatedLinear {
@@ -173,6 +175,12 @@ pub struct WeightType {
     pub dtype: DType,
 }
 
+impl From<&Weight> for WeightType {
+    fn from(weight: &Weight) -> Self {
+        WeightType { rows: weight.rows, cols: weight.cols, dtype: weight.dtype }
+    }
+}
+
 impl WeightType {
     /// Bytes of the weight.
     pub fn bytes(&self) -> usize {
@@ -212,12 +220,20 @@ impl Op {
         }
     }
 
-    /// The types of the results, or why the operands do not fit: the only shape authority.
+    /// The types of the results, or why the operands do not fit: the only shape authority. Activations,
+    /// KV pages among them, are of dtype `float`, which is the device's. Whatever the device, pixels,
+    /// rotation tables and logits are f32, and indices i32.
     ///
     /// # Errors
     /// [`Error::Shape`](crate::Error::Shape) naming `node`, what was expected and what was given.
-    pub fn infer(&self, node: &str, ins: &[TensorType], weights: &[WeightType]) -> Result<Outs> {
-        Check { op: self, node, ins, weights }.infer()
+    pub fn infer(
+        &self,
+        node: &str,
+        float: DType,
+        ins: &[TensorType],
+        weights: &[WeightType],
+    ) -> Result<Outs> {
+        Check { op: self, node, float, ins, weights }.infer()
     }
 
     /// FLOPs and bytes of one execution on bound shapes. `kv_rows` is the number of key rows that the
@@ -261,7 +277,8 @@ impl Op {
             Op::SelectRows { .. } => 2 * outs[0].bytes(),
             // k and v go to their slots; the table is read at one row a position.
             Op::RopeAppend { kv_heads, head_dim, .. } => {
-                ins[0].bytes() + outs[0].bytes() + ins[0].rows * (2 * kv_heads + 1) * head_dim * 4
+                let (page, table) = (ins[4].dtype.size(), ins[3].dtype.size());
+                ins[0].bytes() + outs[0].bytes() + ins[0].rows * head_dim * (2 * kv_heads * page + table)
             }
             Op::PagedAttention { kv_heads, head_dim, .. } => {
                 ins[0].bytes() + outs[0].bytes() + 2 * kv.rows * kv_heads * head_dim * ins[4].dtype.size()

@@ -4,7 +4,7 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use tessera::graph::Control;
-use tessera::runtime::{Advance, LoadOptions, Model, Sampling, Session, SessionOptions, Source, Want};
+use tessera::runtime::{Advance, LoadOptions, Model, Phase, Sampling, Session, SessionOptions, Source, Want};
 
 /// The folder of the goldens.
 fn data() -> std::path::PathBuf {
@@ -78,8 +78,9 @@ fn a_step_allocates_nothing() {
             for step in 0..30 {
                 let mut batch = sequences.each_mut().map(|sequence| {
                     let tokens = sequence.pending().min(21);
+                    let phase = if tokens == 1 { Phase::Decode } else { Phase::Prefill };
                     let want = if step < 4 { Want::Nothing } else { Want::Next };
-                    Advance { sequence, tokens, want }
+                    Advance { sequence, tokens, want, phase }
                 });
                 session.step(&mut batch, &control).unwrap();
                 for (i, sequence) in sequences.iter_mut().enumerate() {

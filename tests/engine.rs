@@ -12,6 +12,7 @@ use tessera::input::prompt::Message;
 use tessera::op::PAGE;
 use tessera::runtime::{Completion, Engine, FinishReason, ImageHandle, Input, LoadOptions, Model, Request};
 use tessera::runtime::{Sampling, Session, SessionOptions, Source};
+use tessera::tensor::DType;
 
 fn demo(options: SessionOptions) -> Engine {
     Engine::load(&Source::Demo, &LoadOptions::default(), options).unwrap()
@@ -171,7 +172,7 @@ fn sessions_of_impossible_size_are_refused() {
 #[test]
 fn a_cache_too_small_for_the_prompt_is_an_error() {
     let model = Arc::new(Model::load(&Source::Demo, &LoadOptions::default()).unwrap());
-    let page = tessera::runtime::kv::page_bytes(&model.config().text) as u64;
+    let page = tessera::runtime::kv::page_bytes(&model.config().text, DType::F32) as u64;
     let options = SessionOptions { kv_memory: Some(2 * page), prefill_chunk: 8, ..Default::default() };
     let mut engine = Engine::new(Session::new(model, options).unwrap());
     let image = picture(&mut engine).unwrap();

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use tessera::backend::Backend;
 use tessera::backend::cpu::CpuBackend;
 use tessera::runtime::{Advance, Engine, ImageHandle, Input, LoadOptions, Model, Request, Session};
-use tessera::runtime::{SessionOptions, Source, Want};
+use tessera::runtime::{Phase, SessionOptions, Source, Want};
 
 /// Every case, and how many kinds of tensors it compares: a case that compares less than it holds is a
 /// defect of the test.
@@ -118,11 +118,12 @@ fn greedy_logits(engine: &mut Engine, request: &Request, tokens: &[u32]) -> Vec<
     let mut all = Vec::new();
     for &token in tokens {
         let n = sequence.pending();
-        let advance = Advance { sequence: &mut sequence, tokens: n, want: Want::Next };
+        let phase = if all.is_empty() { Phase::Prefill } else { Phase::Decode };
+        let advance = Advance { sequence: &mut sequence, tokens: n, want: Want::Next, phase };
         session.step(&mut [advance], &control).unwrap();
         let start = all.len();
         all.resize(start + vocab, 0.0);
-        session.logits(0, 0, &mut all[start..]);
+        session.logits(0, 0, &mut all[start..]).unwrap();
         sequence.push(token);
     }
     all
@@ -149,7 +150,12 @@ fn a_batch_makes_the_tokens_of_its_members() {
     for _ in 0..requests[0].max_new_tokens {
         let mut batch: Vec<_> = sequences
             .iter_mut()
-            .map(|sequence| Advance { tokens: sequence.pending(), sequence, want: Want::Next })
+            .map(|sequence| Advance {
+                tokens: sequence.pending(),
+                sequence,
+                want: Want::Next,
+                phase: Phase::Prefill,
+            })
             .collect();
         engine.session_mut().step(&mut batch, &control).unwrap();
         for (i, sequence) in sequences.iter_mut().enumerate() {

@@ -95,7 +95,7 @@ fn every_op_agrees_with_the_oracle_on_every_instruction_set() {
     let mut worst: BTreeMap<&str, f64> = BTreeMap::new();
     for case in cases::all() {
         for seed in 0..3 {
-            let data = case.data(seed);
+            let data = case.data(seed, DType::F32);
             let exact = case.run(Arc::new(Oracle), &data);
             let mut first: Option<Results> = None;
             for isa in Isa::available() {
@@ -119,7 +119,7 @@ fn every_op_agrees_with_the_oracle_on_every_instruction_set() {
 #[test]
 fn rows_do_not_know_one_another() {
     for case in cases::all() {
-        let data = case.data(5);
+        let data = case.data(5, DType::F32);
         let isa = Isa::detect();
         let whole = case.run(cpu(isa, 1), &data);
         for threads in [2, 3] {
@@ -132,7 +132,7 @@ fn rows_do_not_know_one_another() {
         for row in 0..case.bindings.tokens {
             let mut one = case.clone();
             one.bindings.tokens = 1;
-            let mut data = case.data(5);
+            let mut data = case.data(5, DType::F32);
             for (words, ty) in data.ins.iter_mut().zip(&case.ins) {
                 *words = words[row * ty.cols..(row + 1) * ty.cols].to_vec();
             }
@@ -147,7 +147,7 @@ fn rows_do_not_know_one_another() {
 #[test]
 fn a_planted_error_is_found() {
     let case = cases::linear(3, &[17], 64, DType::F32, tessera::op::Activation::None, false, false);
-    let data = case.data(1);
+    let data = case.data(1, DType::F32);
     let exact = case.run(Arc::new(Oracle), &data);
     let mut wrong = exact.clone();
     let y = f32::from_bits(wrong[0][20]);

@@ -6,7 +6,8 @@ use std::path::Path;
 use std::sync::Arc;
 use tessera::graph::Control;
 use tessera::runtime::{Advance, LoadOptions, Model, Sampling, Sequence, Session, SessionOptions};
-use tessera::runtime::{Source, Want};
+use tessera::runtime::{Phase, Source, Want};
+use tessera::tensor::DType;
 
 /// A prompt longer than several pages, with no structure that could hide a misplaced row.
 fn prompt(model: &Model, len: usize, salt: u32) -> Vec<u32> {
@@ -42,7 +43,7 @@ fn bits(session: &Session, i: usize) -> Vec<Vec<u32>> {
     let mut row = vec![0f32; session.model().config().text.vocab_size];
     (0..session.output_rows(i))
         .map(|r| {
-            session.logits(i, r, &mut row);
+            session.logits(i, r, &mut row).unwrap();
             row.iter().map(|x| x.to_bits()).collect()
         })
         .collect()
@@ -54,7 +55,7 @@ fn in_chunks(session: &mut Session, ids: &[u32], chunk: usize) -> Vec<Vec<u32>> 
     let mut rows = Vec::new();
     while sequence.pending() > 0 {
         let tokens = sequence.pending().min(chunk);
-        let advance = Advance { sequence: &mut sequence, tokens, want: Want::All };
+        let advance = Advance { sequence: &mut sequence, tokens, want: Want::All, phase: Phase::Prefill };
         session.step(&mut [advance], &Control::default()).unwrap();
         rows.extend(bits(session, 0));
     }
@@ -95,7 +96,9 @@ fn strangers_and_scattered_pages_change_no_bit() {
         for (i, sequence) in sequences.iter_mut().enumerate() {
             let tokens = sequence.pending().min(1 + (round * 5 + i * 3) % 11);
             if tokens > 0 {
-                batch.push(Advance { sequence, tokens, want: Want::All });
+                // Decode rows are packed before prefill rows, in whatever order the batch has them.
+                let phase = if (round + i) % 2 == 0 { Phase::Prefill } else { Phase::Decode };
+                batch.push(Advance { sequence, tokens, want: Want::All, phase });
                 who.push(i);
             }
         }
@@ -123,7 +126,8 @@ fn forks_are_separate_runs() {
     let tails = [prompt(&model, 30, 10), prompt(&model, 25, 11)];
 
     let mut trunk = begin(&session, &prefix);
-    let advance = Advance { tokens: trunk.pending(), sequence: &mut trunk, want: Want::Nothing };
+    let advance =
+        Advance { tokens: trunk.pending(), sequence: &mut trunk, want: Want::Nothing, phase: Phase::Prefill };
     session.step(&mut [advance], &control).unwrap();
     let free = session.pages().free();
     let mut forks = [session.fork(&trunk), session.fork(&trunk)];
@@ -136,7 +140,7 @@ fn forks_are_separate_runs() {
         for (i, (fork, tail)) in forks.iter_mut().zip(&tails).enumerate() {
             if let Some(&id) = tail.get(step) {
                 fork.push(id);
-                batch.push(Advance { sequence: fork, tokens: 1, want: Want::All });
+                batch.push(Advance { sequence: fork, tokens: 1, want: Want::All, phase: Phase::Decode });
                 who.push(i);
             }
         }
@@ -166,14 +170,14 @@ fn what_a_page_held_before_does_not_matter() {
     let mut session = session(&model);
     let ids = prompt(&model, 45, 3);
     let fresh = in_chunks(&mut session, &ids, 64);
-    session.fill_kv(f32::NAN);
+    session.fill_kv(f32::NAN).unwrap();
     assert_eq!(in_chunks(&mut session, &ids, 7), fresh);
 }
 
 #[test]
 fn a_full_cache_is_an_error_that_changes_nothing() {
     let model = model(1);
-    let page_bytes = tessera::runtime::kv::page_bytes(&model.config().text) as u64;
+    let page_bytes = tessera::runtime::kv::page_bytes(&model.config().text, DType::F32) as u64;
     let options = SessionOptions {
         context: Some(256),
         kv_memory: Some(3 * page_bytes),
@@ -185,14 +189,19 @@ fn a_full_cache_is_an_error_that_changes_nothing() {
     let control = Control::default();
     let (mut a, mut b) = (begin(&session, &prompt(&model, 30, 1)), begin(&session, &prompt(&model, 30, 2)));
     let mut batch = [
-        Advance { tokens: 30, sequence: &mut a, want: Want::Next },
-        Advance { tokens: 30, sequence: &mut b, want: Want::Next },
+        Advance { tokens: 30, sequence: &mut a, want: Want::Next, phase: Phase::Prefill },
+        Advance { tokens: 30, sequence: &mut b, want: Want::Next, phase: Phase::Prefill },
     ];
     let text = session.step(&mut batch, &control).unwrap_err().to_string();
     assert!(text.contains("2 more pages") && text.contains("1 of 3 are free"), "{text}");
     assert_eq!((a.cached(), b.cached()), (0, 0));
     assert_eq!(session.pages().free(), 3);
-    session.step(&mut [Advance { tokens: 30, sequence: &mut a, want: Want::Next }], &control).unwrap();
+    session
+        .step(
+            &mut [Advance { tokens: 30, sequence: &mut a, want: Want::Next, phase: Phase::Prefill }],
+            &control,
+        )
+        .unwrap();
     assert_eq!(a.cached(), 30);
 }
 
@@ -206,13 +215,26 @@ fn a_cancelled_step_can_be_repeated() {
     let mut sequence = begin(&session, &ids);
     let control = Control::default();
     session
-        .step(&mut [Advance { sequence: &mut sequence, tokens: 20, want: Want::Nothing }], &control)
+        .step(
+            &mut [Advance {
+                sequence: &mut sequence,
+                tokens: 20,
+                want: Want::Nothing,
+                phase: Phase::Prefill,
+            }],
+            &control,
+        )
         .unwrap();
     control.cancel();
-    let advance = Advance { sequence: &mut sequence, tokens: 30, want: Want::All };
+    let advance = Advance { sequence: &mut sequence, tokens: 30, want: Want::All, phase: Phase::Prefill };
     assert!(matches!(session.step(&mut [advance], &control), Err(tessera::Error::Cancelled)));
     assert_eq!(sequence.cached(), 20);
     control.reset();
-    session.step(&mut [Advance { sequence: &mut sequence, tokens: 30, want: Want::All }], &control).unwrap();
+    session
+        .step(
+            &mut [Advance { sequence: &mut sequence, tokens: 30, want: Want::All, phase: Phase::Prefill }],
+            &control,
+        )
+        .unwrap();
     assert_eq!(bits(&session, 0)[..], whole[20..]);
 }

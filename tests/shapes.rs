@@ -16,7 +16,7 @@ fn view(rows: usize, cols: usize) -> View {
     View { addr: 0, rows, cols, dtype: DType::F32 }
 }
 
-const LINEAR: Op = Op::Linear { act: Activation::None, bias: false, residual: false };
+const LINEAR: Op = Op::Linear { act: Activation::None, bias: false, residual: false, wide: false };
 
 #[test]
 fn operands_that_do_not_fit_are_refused_in_words() {
@@ -58,7 +58,7 @@ fn operands_that_do_not_fit_are_refused_in_words() {
         ),
     ];
     for (op, ins, weights, expected) in cases {
-        let error = op.infer("a.node", &ins, &weights).unwrap_err().to_string();
+        let error = op.infer("a.node", DType::F32, &ins, &weights).unwrap_err().to_string();
         for word in [expected, "a.node", op.name(), "found"] {
             assert!(error.contains(word), "{op:?} does not mention {word}: {error}");
         }

@@ -9,7 +9,9 @@ pub mod cpu;
 
 use crate::error::Result;
 use crate::op::{Op, WeightType};
-use crate::tensor::{View, Weight};
+#[cfg(doc)]
+use crate::tensor::Rows;
+use crate::tensor::{DType, View, Weight};
 use std::any::Any;
 use std::fmt;
 
@@ -38,7 +40,7 @@ impl fmt::Debug for Buffer {
 
 /// A weight where and how a device wants it.
 pub struct Prepared {
-    /// Shape and encoding.
+    /// Shape, and the encoding on the device.
     pub ty: WeightType,
     /// The name in the checkpoint.
     pub name: String,
@@ -51,10 +53,15 @@ pub struct Prepared {
 }
 
 impl Prepared {
-    /// A weight at `addr` that lives as long as `owner`.
-    pub fn new(weight: &Weight, addr: usize, row_stride: usize, owner: Box<dyn Any + Send + Sync>) -> Self {
-        let ty = WeightType { rows: weight.rows, cols: weight.cols, dtype: weight.dtype };
-        Prepared { ty, name: weight.name.clone(), addr, row_stride, _owner: owner }
+    /// The weight `name` at `addr`, where it lives as long as `owner`.
+    pub fn new(
+        name: &str,
+        ty: WeightType,
+        addr: usize,
+        row_stride: usize,
+        owner: Box<dyn Any + Send + Sync>,
+    ) -> Self {
+        Prepared { ty, name: name.into(), addr, row_stride, _owner: owner }
     }
 }
 
@@ -75,7 +82,10 @@ pub struct Call<'a> {
     pub weights: &'a [&'a Prepared],
     /// Results, in the op's order.
     pub outs: &'a [View],
-    /// Scratch memory of at least [`Backend::workspace`] bytes, aligned to 64.
+    /// How many rows of the first operand, the leading ones, are decode rows ([`Rows::decode`]). The CPU does
+    /// not care.
+    pub decode: usize,
+    /// Scratch memory of at least [`Backend::workspace`] bytes, aligned to 256.
     pub workspace: usize,
 }
 
@@ -84,44 +94,61 @@ pub trait Backend: Send + Sync {
     /// The name, as the command line spells it, and what the device is.
     fn describe(&self) -> String;
 
-    /// Zeroed memory, aligned to at least 64 bytes.
+    /// The dtype of activations and of the KV cache: f32 on the CPU, 16 bits on a GPU.
+    fn dtype(&self) -> DType;
+
+    /// Zeroed memory, aligned to at least 64 bytes; on a GPU to 256.
     ///
     /// # Errors
     /// [`Error::Memory`](crate::Error::Memory) with the numbers when there is not enough.
     fn alloc(&self, what: &str, bytes: usize) -> Result<Buffer>;
 
-    /// Puts a weight where the device's kernels want it. The CPU returns the mapping itself.
+    /// Puts the weights of an op where and how its kernels want them, in the same order. The CPU returns the
+    /// mappings themselves.
     ///
     /// # Errors
-    /// [`Error::Memory`](crate::Error::Memory) when it does not fit.
-    fn prepare(&self, weight: &Weight) -> Result<Prepared>;
+    /// [`Error::Memory`](crate::Error::Memory) when they do not fit; [`Error::Device`](crate::Error::Device).
+    fn prepare(&self, op: &Op, weights: &[Weight]) -> Result<Vec<Prepared>>;
 
-    /// Scratch bytes an op needs; never less for more rows.
+    /// Scratch bytes an op needs, whichever of its rows are decode rows; never less for more rows.
     fn workspace(&self, op: &Op, ins: &[View], weights: &[WeightType], outs: &[View]) -> usize;
 
-    /// Runs one op.
+    /// Runs one op, or starts it: its results are there for ops that run, and for copies that are made, later.
+    ///
+    /// # Errors
+    /// [`Error::Device`](crate::Error::Device) when the device refuses; the CPU never does. A GPU may tell of
+    /// a failed op only at a later one or at the next copy.
     ///
     /// # Safety
     /// Every view lies inside live memory of this backend and has the type that [`Op::infer`] gave;
     /// index operands name rows that exist; results overlap neither each other nor any operand nor the
     /// workspace (a residual operand of a Linear may be its result); nobody else touches any of them meanwhile.
-    unsafe fn run(&self, call: &Call<'_>);
+    unsafe fn run(&self, call: &Call<'_>) -> Result<()>;
 
     /// Copies host bytes to the device.
     ///
+    /// # Errors
+    /// As for [`run`](Backend::run).
+    ///
     /// # Safety
     /// `addr..addr + bytes.len()` lies in live memory of this backend that nobody else touches meanwhile.
-    unsafe fn upload(&self, addr: usize, bytes: &[u8]);
+    unsafe fn upload(&self, addr: usize, bytes: &[u8]) -> Result<()>;
 
-    /// Copies device bytes to the host.
+    /// Copies device bytes to the host, when all that was asked for before is done.
+    ///
+    /// # Errors
+    /// As for [`run`](Backend::run).
     ///
     /// # Safety
     /// `addr..addr + bytes.len()` lies in live memory of this backend that nobody writes meanwhile.
-    unsafe fn download(&self, addr: usize, bytes: &mut [u8]);
+    unsafe fn download(&self, addr: usize, bytes: &mut [u8]) -> Result<()>;
 
     /// Copies `bytes` bytes within the device.
     ///
+    /// # Errors
+    /// As for [`run`](Backend::run).
+    ///
     /// # Safety
     /// As for [`upload`](Backend::upload) and [`download`](Backend::download); the ranges do not overlap.
-    unsafe fn copy(&self, from: usize, to: usize, bytes: usize);
+    unsafe fn copy(&self, from: usize, to: usize, bytes: usize) -> Result<()>;
 }

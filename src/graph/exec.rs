@@ -117,42 +117,54 @@ impl Executor {
 
     /// Writes the leading rows of an input.
     ///
+    /// # Errors
+    /// [`Error::Device`] when the copy fails.
+    ///
     /// # Panics
     /// If `data` is longer than the planned input.
-    pub fn write<T: bytemuck::NoUninit>(&mut self, value: ValueId, data: &[T]) {
-        self.write_at(value, 0, data);
+    pub fn write<T: bytemuck::NoUninit>(&mut self, value: ValueId, data: &[T]) -> Result<()> {
+        self.write_at(value, 0, data)
     }
 
     /// Writes part of an input, beginning at `row`.
     ///
+    /// # Errors
+    /// [`Error::Device`] when the copy fails.
+    ///
     /// # Panics
     /// If `data` ends outside the planned input.
-    pub fn write_at<T: bytemuck::NoUninit>(&mut self, value: ValueId, row: usize, data: &[T]) {
+    pub fn write_at<T: bytemuck::NoUninit>(&mut self, value: ValueId, row: usize, data: &[T]) -> Result<()> {
         let view = self.view(value, &self.plan.max);
         let offset = row * view.cols * view.dtype.size();
         let bytes: &[u8] = bytemuck::cast_slice(data);
         assert!(offset + bytes.len() <= view.bytes(), "input `{}`", self.graph.values[value.0].name);
         // SAFETY: the range lies inside the input's block of the arena (asserted); `&mut self` and the
         // rule that executors sharing an arena never run at once keep everyone else away.
-        unsafe { self.backend.upload(view.addr + offset, bytes) };
+        unsafe { self.backend.upload(view.addr + offset, bytes) }
     }
 
     /// Copies device memory into part of an input, beginning at `row`.
+    ///
+    /// # Errors
+    /// [`Error::Device`] when the copy fails.
     ///
     /// # Safety
     /// `from..from + bytes` is live memory of this backend outside the arena that nobody writes.
     ///
     /// # Panics
     /// If the copy ends outside the planned input.
-    pub unsafe fn copy_in(&mut self, value: ValueId, row: usize, from: usize, bytes: usize) {
+    pub unsafe fn copy_in(&mut self, value: ValueId, row: usize, from: usize, bytes: usize) -> Result<()> {
         let view = self.view(value, &self.plan.max);
         let offset = row * view.cols * view.dtype.size();
         assert!(offset + bytes <= view.bytes(), "input `{}`", self.graph.values[value.0].name);
         // SAFETY: the target as in `write_at`; the source is the caller's obligation.
-        unsafe { self.backend.copy(from, view.addr + offset, bytes) };
+        unsafe { self.backend.copy(from, view.addr + offset, bytes) }
     }
 
-    /// Reads a kept value's leading elements.
+    /// Reads a kept value's leading elements as they are on the device.
+    ///
+    /// # Errors
+    /// [`Error::Device`] when the copy, or an op that was started before, fails.
     ///
     /// # Panics
     /// If `data` is longer than the value in a step of `bindings`.
@@ -161,13 +173,24 @@ impl Executor {
         value: ValueId,
         bindings: &Bindings,
         data: &mut [T],
-    ) {
+    ) -> Result<()> {
         let view = self.view(value, bindings);
         let bytes: &mut [u8] = bytemuck::cast_slice_mut(data);
         assert!(bytes.len() <= view.bytes(), "value `{}`", self.graph.values[value.0].name);
         // SAFETY: the range lies inside the value's block of the arena; no step runs, because `run`
         // takes `&mut self` and executors sharing an arena never run at once.
-        unsafe { self.backend.download(view.addr, bytes) };
+        unsafe { self.backend.download(view.addr, bytes) }
+    }
+
+    /// Reads a kept value of floats, widened to f32.
+    ///
+    /// # Errors
+    /// As for [`read`](Executor::read).
+    pub fn read_floats(&self, value: ValueId, bindings: &Bindings) -> Result<Vec<f32>> {
+        let view = self.view(value, bindings);
+        let mut bytes = vec![0u8; view.bytes()];
+        self.read(value, bindings, &mut bytes)?;
+        Ok(view.dtype.widen(&bytes))
     }
 
     /// Runs all nodes on the given row counts.
@@ -177,7 +200,7 @@ impl Executor {
     /// exist; state memory is live and nobody else touches it or the arena meanwhile.
     ///
     /// # Errors
-    /// [`Error::Cancelled`] between two nodes.
+    /// [`Error::Cancelled`] between two nodes; [`Error::Device`].
     ///
     /// # Panics
     /// If a row count is larger than planned.
@@ -205,7 +228,7 @@ impl Executor {
                 return Err(Error::Cancelled);
             }
             // SAFETY: passed on from the caller.
-            unsafe { self.run_node(node, bindings) };
+            unsafe { self.run_node(node, bindings)? };
             control.0.done.fetch_add(1, Ordering::Relaxed);
         }
         Ok(())
@@ -214,34 +237,33 @@ impl Executor {
     /// Runs all nodes again, looking at every result: the name of the first node that makes a value
     /// that is not finite. Every op gives the same results when it runs twice, KV writes included.
     ///
+    /// # Errors
+    /// [`Error::Device`].
+    ///
     /// # Safety
     /// As for [`run`](Executor::run).
-    pub unsafe fn first_non_finite(&mut self, bindings: &Bindings) -> Option<String> {
+    pub unsafe fn first_non_finite(&mut self, bindings: &Bindings) -> Result<Option<String>> {
         self.check(bindings);
         let graph = self.graph.clone();
-        let mut host = Vec::new();
         for (n, node) in graph.nodes.iter().enumerate() {
             // SAFETY: passed on from the caller.
-            unsafe { self.run_node(n, bindings) };
+            unsafe { self.run_node(n, bindings)? };
             for &out in &node.outs {
-                let view = self.view(out, bindings);
-                if view.dtype == DType::F32 {
-                    host.resize(view.len(), 0f32);
-                    self.read(out, bindings, &mut host);
-                    if host.iter().any(|x| !x.is_finite()) {
-                        return Some(node.name.clone());
-                    }
+                if graph.ty(out).dtype != DType::I32
+                    && self.read_floats(out, bindings)?.iter().any(|x| !x.is_finite())
+                {
+                    return Ok(Some(node.name.clone()));
                 }
             }
         }
-        None
+        Ok(None)
     }
 
     /// Runs one node.
     ///
     /// # Safety
     /// As for [`run`](Executor::run).
-    unsafe fn run_node(&mut self, node: usize, bindings: &Bindings) {
+    unsafe fn run_node(&mut self, node: usize, bindings: &Bindings) -> Result<()> {
         let node = &self.graph.nodes[node];
         let mut ins = [View::EMPTY; MAX_INS];
         let mut outs = [View::EMPTY; MAX_OUTS];
@@ -251,14 +273,15 @@ impl Executor {
         for (view, &value) in outs.iter_mut().zip(&node.outs) {
             *view = self.view(value, bindings);
         }
+        let decode = node.ins.first().map_or(0, |&value| self.graph.ty(value).rows.decode(bindings));
         let Some(&first) = node.weights.first() else {
-            return self.call(node, &ins, &[], &outs);
+            return self.call(node, &ins, &[], &outs, decode);
         };
         let mut weights = [&self.graph.weights[first]; MAX_WEIGHTS];
         for (slot, &weight) in weights.iter_mut().zip(&node.weights) {
             *slot = &self.graph.weights[weight];
         }
-        self.call(node, &ins, &weights[..node.weights.len()], &outs);
+        self.call(node, &ins, &weights[..node.weights.len()], &outs, decode)
     }
 
     fn call(
@@ -267,24 +290,28 @@ impl Executor {
         ins: &[View; MAX_INS],
         weights: &[&crate::backend::Prepared],
         outs: &[View; MAX_OUTS],
-    ) {
+        decode: usize,
+    ) -> Result<()> {
         let call = Call {
             op: &node.op,
             ins: &ins[..node.ins.len()],
             weights,
             outs: &outs[..node.outs.len()],
+            decode,
             workspace: self.arena.addr + self.plan.workspace,
         };
         // SAFETY: views are blocks of the arena or states, with the types `infer` gave (the builder) and
         // no more rows than planned (`check`); the planner keeps blocks that live at once apart and
         // sized the workspace for this op; index operands and states are the caller's obligation.
-        unsafe { self.backend.run(&call) };
+        unsafe { self.backend.run(&call) }
     }
 
     fn check(&self, bindings: &Bindings) {
         let (b, max) = (bindings, &self.plan.max);
         assert!(
-            b.tokens <= max.tokens
+            b.decode <= b.tokens
+                && b.decode_outputs <= b.outputs
+                && b.tokens <= max.tokens
                 && b.outputs <= max.outputs
                 && b.images <= max.images
                 && b.table_entries <= max.table_entries

@@ -13,7 +13,7 @@ pub use plan::Plan;
 use crate::backend::{Backend, Prepared};
 use crate::error::Result;
 use crate::op::{Op, WeightType};
-use crate::tensor::{Bindings, TensorType, Weight};
+use crate::tensor::{Bindings, Rows, TensorType, Weight};
 use std::fmt;
 
 /// A value of a graph: an input, a state or a node's result.
@@ -115,6 +115,11 @@ impl<'a> GraphBuilder<'a> {
         self.scope = scope.to_string();
     }
 
+    /// The type of an activation `[rows, cols]` on this backend.
+    pub fn float(&self, rows: Rows, cols: usize) -> TensorType {
+        TensorType { rows, cols, dtype: self.backend.dtype() }
+    }
+
     /// A value that the host writes before each step.
     pub fn input(&mut self, name: &str, ty: TensorType) -> ValueId {
         self.value(name.into(), ty, Source::Input)
@@ -146,14 +151,11 @@ impl<'a> GraphBuilder<'a> {
     ) -> Result<Vec<ValueId>> {
         let name = format!("{}{name}", self.scope);
         let in_types: Vec<_> = ins.iter().map(|&v| self.graph.ty(v)).collect();
-        let weight_types: Vec<_> =
-            weights.iter().map(|w| WeightType { rows: w.rows, cols: w.cols, dtype: w.dtype }).collect();
-        let types = op.infer(&name, &in_types, &weight_types)?;
+        let weight_types: Vec<_> = weights.iter().map(WeightType::from).collect();
+        let types = op.infer(&name, self.backend.dtype(), &in_types, &weight_types)?;
 
         let first = self.graph.weights.len();
-        for weight in weights {
-            self.graph.weights.push(self.backend.prepare(weight)?);
-        }
+        self.graph.weights.extend(self.backend.prepare(&op, weights)?);
         let node = self.graph.nodes.len();
         let outs: Vec<_> =
             types.into_iter().map(|ty| self.value(name.clone(), ty, Source::Node(node))).collect();

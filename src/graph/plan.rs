@@ -8,8 +8,8 @@ use super::{Graph, Source, ValueId};
 use crate::backend::Backend;
 use crate::tensor::Bindings;
 
-/// Alignment of every block: a cache line, and a vector of AVX-512.
-const ALIGN: usize = 64;
+/// Alignment of every block: what a GPU's allocator promises and its widest copies ask for; four cache lines.
+const ALIGN: usize = 256;
 
 /// Where everything lies. Offsets are for the largest step; smaller steps use a prefix of each block.
 #[derive(Clone, Debug)]

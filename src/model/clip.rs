@@ -75,7 +75,7 @@ fn block(
 ) -> Result<ValueId> {
     let (width, inner) = (config.hidden_size, config.intermediate_size);
     let norm = Op::LayerNorm { eps: config.layer_norm_eps };
-    let linear = |act, residual| Op::Linear { act, bias: true, residual };
+    let linear = |act, residual| Op::Linear { act, bias: true, residual, wide: false };
     let name = |part: &str| format!("vision.encoder.layers.{layer}.{part}");
     let matrix = |part: &str, rows, cols| weights.matrix(&name(&format!("{part}.weight")), rows, cols);
     let vector = |part: &str, len| weights.vector(&name(part), len);

@@ -53,7 +53,7 @@ pub fn build(b: &mut GraphBuilder<'_>, config: &TextConfig, weights: &Weights) -
     let per_token = TensorType::i32(Rows::Tokens, 1);
     let ids = b.input("ids", per_token);
     let sources = b.input("sources", per_token);
-    let image_rows = b.input("image_rows", TensorType::f32(Rows::Tokens, width));
+    let image_rows = b.input("image_rows", b.float(Rows::Tokens, width));
     let positions = b.input("positions", per_token);
     let slots = b.input("slots", per_token);
     let table_starts = b.input("table_starts", per_token);
@@ -78,7 +78,7 @@ pub fn build(b: &mut GraphBuilder<'_>, config: &TextConfig, weights: &Weights) -
         true => table,
         false => weights.matrix("lm.head.weight", vocab, width)?,
     };
-    let linear = Op::Linear { act: Activation::None, bias: false, residual: false };
+    let linear = Op::Linear { act: Activation::None, bias: false, residual: false, wide: true };
     let logits = b.push("lm_head", linear, &[x], &[head])?;
     b.keep(logits);
     let next = b.push("sample", Op::Sample, &[logits, params, seen], &[])?;
@@ -121,7 +121,7 @@ fn block(
 ) -> Result<ValueId> {
     let TextConfig { num_heads: heads, num_kv_heads: kv_heads, head_dim, .. } = *config;
     let (width, inner, eps) = (config.hidden_size, config.intermediate_size, config.rms_norm_eps);
-    let linear = |bias, residual| Op::Linear { act: Activation::None, bias, residual };
+    let linear = |bias, residual| Op::Linear { act: Activation::None, bias, residual, wide: false };
     let name = |part: &str| format!("lm.layers.{layer}.{part}");
     let norm = |part: &str| weights.vector(&name(&format!("{part}.weight")), width);
     // The matrices `parts`, each with its rows and columns, then their biases if the model has them.
@@ -137,7 +137,7 @@ fn block(
     };
 
     b.scope(format_args!("layers.{layer}."));
-    let pages = TensorType::f32(Rows::Pages, kv_heads * head_dim * PAGE);
+    let pages = b.float(Rows::Pages, kv_heads * head_dim * PAGE);
     let k = b.state(format!("layers.{layer}.k"), pages);
     let v = b.state(format!("layers.{layer}.v"), pages);
 

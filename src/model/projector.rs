@@ -28,7 +28,7 @@ pub fn projector(
     };
     let first = layer("linear_1", config.hidden_size, config.input_size)?;
     let second = layer("linear_2", config.hidden_size, config.hidden_size)?;
-    let linear = |act| Op::Linear { act, bias, residual: false };
+    let linear = |act| Op::Linear { act, bias, residual: false, wide: false };
     let h = b.push("linear_1", linear(Activation::GeluErf), &[features], &first)?;
     b.push("linear_2", linear(Activation::None), &[h], &second)
 }

@@ -8,6 +8,7 @@ use crate::tensor::{DType, Rows, TensorType};
 pub(super) struct Check<'a> {
     pub op: &'a Op,
     pub node: &'a str,
+    pub float: DType,
     pub ins: &'a [TensorType],
     pub weights: &'a [WeightType],
 }
@@ -22,42 +23,45 @@ impl Check<'_> {
                     format!("image {image}, patch {patch}")
                 })?;
                 let (grid, width) = (image / patch, self.weights[0].rows);
-                self.input(0, self.ins[0].rows, 3 * image * image)?;
+                self.typed(0, TensorType::f32(self.ins[0].rows, 3 * image * image))?;
                 self.weight(0, width, 3 * patch * patch)?;
                 self.weight(1, 1, width)?;
                 self.weight(2, grid * grid + 1, width)?;
-                Ok(vec![self.f32(Rows::PerImage(grid * grid + 1), width)])
+                Ok(vec![self.float(Rows::PerImage(grid * grid + 1), width)])
             }
             Op::LayerNorm { .. } => {
                 self.count(1, 2)?;
+                self.activation(0)?;
                 self.weight(0, 1, self.ins[0].cols)?;
                 self.weight(1, 1, self.ins[0].cols)?;
                 Ok(vec![self.ins[0]])
             }
             Op::RmsNorm { .. } => {
                 self.count(1, 1)?;
+                self.activation(0)?;
                 self.weight(0, 1, self.ins[0].cols)?;
                 Ok(vec![self.ins[0]])
             }
             Op::AddRmsNorm { .. } => {
                 self.count(2, 1)?;
+                self.activation(0)?;
                 self.input(1, self.ins[0].rows, self.ins[0].cols)?;
                 self.weight(0, 1, self.ins[0].cols)?;
                 Ok(vec![self.ins[0], self.ins[0]])
             }
-            Op::Linear { bias, residual, .. } => {
+            Op::Linear { bias, residual, wide, .. } => {
                 let matrices = self.matrices(bias, 1 + residual as usize)?;
                 let (rows, cols) = (self.ins[0].rows, matrices.iter().map(|w| w.rows).sum());
                 if residual {
                     self.input(1, rows, cols)?;
                 }
-                Ok(vec![self.f32(rows, cols)])
+                Ok(vec![if wide { TensorType::f32(rows, cols) } else { self.float(rows, cols) }])
             }
             Op::GatedLinear { bias } => {
                 let matrices = self.matrices(bias, 1)?;
                 self.ensure(matrices.len() == 2, "two matrices", || matrices.len().to_string())?;
                 self.weight(1, matrices[0].rows, matrices[0].cols)?;
-                Ok(vec![self.f32(self.ins[0].rows, matrices[0].rows)])
+                Ok(vec![self.float(self.ins[0].rows, matrices[0].rows)])
             }
             Op::Attention { heads, head_dim, rows, .. } => {
                 self.count(1, 0)?;
@@ -68,35 +72,35 @@ impl Check<'_> {
                     Rows::Tokens | Rows::Outputs | Rows::TableEntries | Rows::Pages | Rows::Context => false,
                 };
                 self.ensure(whole, &format!("{rows} rows an image"), || self.ins[0].to_string())?;
-                Ok(vec![self.f32(self.ins[0].rows, heads * head_dim)])
+                Ok(vec![self.float(self.ins[0].rows, heads * head_dim)])
             }
             Op::RopeAppend { heads, kv_heads, head_dim } => {
                 self.count(6, 0)?;
                 self.grouped(heads, kv_heads, head_dim)?;
                 let rows = self.ins[0].rows;
                 self.input(0, rows, (heads + 2 * kv_heads) * head_dim)?;
-                self.index(1, rows, 1)?;
-                self.index(2, rows, 1)?;
-                self.input(3, Rows::Context, head_dim)?;
+                self.typed(1, TensorType::i32(rows, 1))?;
+                self.typed(2, TensorType::i32(rows, 1))?;
+                self.typed(3, TensorType::f32(Rows::Context, head_dim))?;
                 self.pages(4, kv_heads, head_dim)?;
-                Ok(vec![self.f32(rows, heads * head_dim)])
+                Ok(vec![self.float(rows, heads * head_dim)])
             }
             Op::PagedAttention { heads, kv_heads, head_dim } => {
                 self.count(6, 0)?;
                 self.grouped(heads, kv_heads, head_dim)?;
                 let rows = self.ins[0].rows;
                 self.input(0, rows, heads * head_dim)?;
-                self.index(1, rows, 1)?;
-                self.index(2, rows, 1)?;
-                self.index(3, Rows::TableEntries, 1)?;
+                self.typed(1, TensorType::i32(rows, 1))?;
+                self.typed(2, TensorType::i32(rows, 1))?;
+                self.typed(3, TensorType::i32(Rows::TableEntries, 1))?;
                 self.pages(4, kv_heads, head_dim)?;
                 Ok(vec![self.ins[0]])
             }
             Op::EmbedRows => {
                 self.count(3, 1)?;
                 let rows = self.ins[0].rows;
-                self.index(0, rows, 1)?;
-                self.index(1, rows, 1)?;
+                self.typed(0, TensorType::i32(rows, 1))?;
+                self.typed(1, TensorType::i32(rows, 1))?;
                 self.input(2, rows, self.weights[0].cols)?;
                 Ok(vec![self.ins[2]])
             }
@@ -104,12 +108,14 @@ impl Check<'_> {
             Op::Sample => {
                 self.count(3, 0)?;
                 let TensorType { rows, cols, .. } = self.ins[0];
-                self.index(1, rows, SAMPLE_PARAMS)?;
-                self.index(2, rows, cols.div_ceil(32))?;
+                self.typed(0, TensorType::f32(rows, cols))?;
+                self.typed(1, TensorType::i32(rows, SAMPLE_PARAMS))?;
+                self.typed(2, TensorType::i32(rows, cols.div_ceil(32)))?;
                 Ok(vec![TensorType::i32(rows, 1)])
             }
             Op::L2Normalize => {
                 self.count(1, 0)?;
+                self.activation(0)?;
                 Ok(vec![self.ins[0]])
             }
         }
@@ -119,12 +125,13 @@ impl Check<'_> {
         match select {
             Select::Index => {
                 self.count(2, 0)?;
-                self.index(1, self.ins[1].rows, 1)?;
+                self.activation(0)?;
+                self.typed(1, TensorType::i32(self.ins[1].rows, 1))?;
                 Ok(vec![TensorType { rows: self.ins[1].rows, ..self.ins[0] }])
             }
             Select::All | Select::Patches { .. } => {
                 self.ensure(!self.ins.is_empty(), "at least one operand", || "none".into())?;
-                for i in 1..self.ins.len() {
+                for i in 0..self.ins.len() {
                     self.input(i, self.ins[0].rows, self.ins[i].cols)?;
                 }
                 let cols = self.ins.iter().map(|t| t.cols).sum();
@@ -147,6 +154,7 @@ impl Check<'_> {
         let weights = if bias { 2 * n } else { n };
         self.ensure(n > 0, "at least one matrix", || format!("{} weights", self.weights.len()))?;
         self.count(ins, weights)?;
+        self.activation(0)?;
         let (matrices, biases) = self.weights.split_at(n);
         for (i, matrix) in matrices.iter().enumerate() {
             self.weight(i, matrix.rows, self.ins[0].cols)?;
@@ -157,8 +165,9 @@ impl Check<'_> {
         Ok(matrices)
     }
 
-    fn f32(&self, rows: Rows, cols: usize) -> TensorType {
-        TensorType { rows, cols, dtype: self.ins[0].dtype }
+    /// The type of an activation.
+    fn float(&self, rows: Rows, cols: usize) -> TensorType {
+        TensorType { rows, cols, dtype: self.float }
     }
 
     fn count(&self, ins: usize, weights: usize) -> Result<()> {
@@ -169,14 +178,18 @@ impl Check<'_> {
         )
     }
 
-    fn input(&self, i: usize, rows: Rows, cols: usize) -> Result<()> {
-        let found = self.ins[i];
-        let ok = found.rows == rows && found.cols == cols && found.dtype != DType::I32;
-        self.ensure(ok, &format!("operand {i} [{rows}, {cols}] of numbers"), || found.to_string())
+    /// Operand `i` is an activation of any shape.
+    fn activation(&self, i: usize) -> Result<()> {
+        self.input(i, self.ins[i].rows, self.ins[i].cols)
     }
 
-    fn index(&self, i: usize, rows: Rows, cols: usize) -> Result<()> {
-        let (found, want) = (self.ins[i], TensorType::i32(rows, cols));
+    /// Operand `i` is an activation of this shape.
+    fn input(&self, i: usize, rows: Rows, cols: usize) -> Result<()> {
+        self.typed(i, self.float(rows, cols))
+    }
+
+    fn typed(&self, i: usize, want: TensorType) -> Result<()> {
+        let found = self.ins[i];
         self.ensure(found == want, &format!("operand {i} {want}"), || found.to_string())
     }
 

@@ -2,6 +2,7 @@
 
 use super::sampling::Sampling;
 use super::sequence::Sequence;
+use crate::error::Result;
 use crate::graph::Executor;
 use crate::model::llama::Llama;
 use crate::op::SampleParams;
@@ -19,6 +20,16 @@ pub enum Want {
     All,
 }
 
+/// Which family of kernels computes the rows of an [`Advance`], where a device has two: one for many rows,
+/// one for few. On such a device a row's bits depend on its phase, and on nothing else; on the CPU not even on that.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// Rows of given text: prompts, and continuations to be scored.
+    Prefill,
+    /// Rows of tokens that the model chose.
+    Decode,
+}
+
 /// A sequence's part in a step.
 #[derive(Debug)]
 pub struct Advance<'a> {
@@ -28,6 +39,8 @@ pub struct Advance<'a> {
     pub tokens: usize,
     /// What to compute.
     pub want: Want,
+    /// Whether the ids were given or chosen. A step may mix both.
+    pub phase: Phase,
 }
 
 impl Advance<'_> {
@@ -54,6 +67,8 @@ pub(super) struct Staging {
     params: Vec<SampleParams>,
     /// Tokens chosen in the last step, one for each output row.
     pub next: Vec<i32>,
+    /// For each sequence of the last step: its rows.
+    rows: Vec<Range<usize>>,
     /// For each sequence of the last step: its output rows.
     pub outputs: Vec<Range<usize>>,
     /// Row counts of the last step.
@@ -73,6 +88,7 @@ impl Staging {
             select: Vec::with_capacity(max.outputs),
             params: Vec::with_capacity(max.outputs),
             next: vec![0; max.outputs],
+            rows: Vec::with_capacity(sequences),
             outputs: Vec::with_capacity(sequences),
             bindings: Bindings::default(),
         }
@@ -87,27 +103,38 @@ impl Staging {
         self.tables.clear();
         self.select.clear();
         self.params.clear();
+        self.rows.clear();
         self.outputs.clear();
     }
 
-    /// Packs the rows of the step and writes them to the device.
-    pub fn stage(&mut self, batch: &[Advance<'_>], language: &mut Executor, llama: &Llama) {
+    /// Packs the rows of the step, those of decode first, and writes them to the device.
+    pub fn stage(&mut self, batch: &[Advance<'_>], language: &mut Executor, llama: &Llama) -> Result<()> {
         self.clear();
-        for a in batch {
-            self.pack(a);
-        }
+        self.rows.resize(batch.len(), 0..0);
+        self.outputs.resize(batch.len(), 0..0);
+        self.pack_all(batch, Phase::Decode);
+        let (decode, decode_outputs) = (self.ids.len(), self.select.len());
+        self.pack_all(batch, Phase::Prefill);
         self.bindings = Bindings {
             tokens: self.ids.len(),
+            decode,
             outputs: self.select.len(),
+            decode_outputs,
             table_entries: self.tables.len(),
             images: 0,
             ..language.plan().max
         };
-        self.write(batch, language, llama);
+        self.write(batch, language, llama)
     }
 
-    /// Appends the rows of one sequence.
-    fn pack(&mut self, a: &Advance<'_>) {
+    fn pack_all(&mut self, batch: &[Advance<'_>], phase: Phase) {
+        for (i, a) in batch.iter().enumerate().filter(|(_, a)| a.phase == phase) {
+            self.pack(i, a);
+        }
+    }
+
+    /// Appends the rows of the i-th sequence.
+    fn pack(&mut self, i: usize, a: &Advance<'_>) {
         let (sequence, end) = (&a.sequence, a.sequence.table.len());
         let start = self.tables.len() as i32;
         self.tables.extend(sequence.table.pages().iter().map(|&p| p as i32));
@@ -120,52 +147,55 @@ impl Staging {
             self.sources.push(if sequence.image_at(position).is_some() { row as i32 } else { -1 });
         }
         let (rows, first) = (self.ids.len(), self.select.len());
+        self.rows[i] = rows - a.tokens..rows;
         for row in rows - a.outputs()..rows {
             // Only the last row's token is of interest; greedy is the cheapest way to skip the rest.
             let sampling = if row + 1 == rows { sequence.sampling } else { Sampling::GREEDY };
             self.select.push(row as i32);
             self.params.push(sampling.params(end));
         }
-        self.outputs.push(first..self.select.len());
+        self.outputs[i] = first..self.select.len();
     }
 
     /// Writes everything to the language graph's inputs.
-    fn write(&self, batch: &[Advance<'_>], language: &mut Executor, llama: &Llama) {
-        language.write(llama.ids, &self.ids);
-        language.write(llama.sources, &self.sources);
-        language.write(llama.positions, &self.positions);
-        language.write(llama.slots, &self.slots);
-        language.write(llama.table_starts, &self.table_starts);
-        language.write(llama.tables, &self.tables);
-        language.write(llama.select, &self.select);
-        language.write(llama.params, &self.params);
+    fn write(&self, batch: &[Advance<'_>], language: &mut Executor, llama: &Llama) -> Result<()> {
+        language.write(llama.ids, &self.ids)?;
+        language.write(llama.sources, &self.sources)?;
+        language.write(llama.positions, &self.positions)?;
+        language.write(llama.slots, &self.slots)?;
+        language.write(llama.table_starts, &self.table_starts)?;
+        language.write(llama.tables, &self.tables)?;
+        language.write(llama.select, &self.select)?;
+        language.write(llama.params, &self.params)?;
         for (a, rows) in batch.iter().zip(&self.outputs) {
             for row in rows.clone() {
-                language.write_at(llama.seen, row, &a.sequence.seen);
+                language.write_at(llama.seen, row, &a.sequence.seen)?;
             }
         }
-        stage_images(language, llama, batch);
+        for (a, rows) in batch.iter().zip(&self.rows) {
+            stage_images(language, llama, a, rows.start)?;
+        }
+        Ok(())
     }
 }
 
-/// Copies the rows of pictures that the step's rows stand on into the graph's input, run by run.
-fn stage_images(language: &mut Executor, llama: &Llama, batch: &[Advance<'_>]) {
-    let mut row = 0;
-    for a in batch {
-        let end = a.sequence.table.len();
-        let mut position = end - a.tokens;
-        while position < end {
-            let mut run = 1;
-            if let Some((range, image)) = a.sequence.image_at(position) {
-                run = range.end.min(end) - position;
-                let bytes = image.rows.bytes / image.len;
-                let from = image.rows.addr + (position - range.start) * bytes;
-                // SAFETY: rows `position - range.start ..+ run` of the image's own buffer, which lives in
-                // the `Arc` that the sequence holds and is not written after `encode`.
-                unsafe { language.copy_in(llama.image_rows, row, from, run * bytes) };
-            }
-            position += run;
-            row += run;
+/// Copies the rows of pictures that a sequence's rows, from `row` on, stand on into the graph's input, run
+/// by run.
+fn stage_images(language: &mut Executor, llama: &Llama, a: &Advance<'_>, mut row: usize) -> Result<()> {
+    let end = a.sequence.table.len();
+    let mut position = end - a.tokens;
+    while position < end {
+        let mut run = 1;
+        if let Some((range, image)) = a.sequence.image_at(position) {
+            run = range.end.min(end) - position;
+            let bytes = image.rows.bytes / image.len;
+            let from = image.rows.addr + (position - range.start) * bytes;
+            // SAFETY: rows `position - range.start ..+ run` of the image's own buffer, which lives in
+            // the `Arc` that the sequence holds and is not written after `encode`.
+            unsafe { language.copy_in(llama.image_rows, row, from, run * bytes)? };
         }
+        position += run;
+        row += run;
     }
+    Ok(())
 }

@@ -1,6 +1,6 @@
 //! The front desk: pictures and questions in, text out.
 
-use super::batch::{Advance, Want};
+use super::batch::{Advance, Phase, Want};
 use super::model::{LoadOptions, Model, Source};
 use super::request::{Completion, FinishReason, Input, Request, TokenLogProb};
 use super::sampling::log_probs;
@@ -140,7 +140,7 @@ impl Engine {
         self.control.begin(self.session.vision().map_or(0, |vision| vision.graph().nodes.len()));
         let (encoded, [vision, projector]) = self.session.encode(&pixels, digest, &self.control)?;
         let pixels_sha256 = pixels_sha256(&pixels);
-        let kept = self.keep_intermediates.then(|| self.keep(pixels, &encoded));
+        let kept = self.keep_intermediates.then(|| self.keep(pixels, &encoded)).transpose()?;
         Ok(Arc::new(Image {
             name: name.into(),
             width: picture.width,
@@ -152,9 +152,9 @@ impl Engine {
         }))
     }
 
-    fn keep(&self, pixels: Vec<f32>, encoded: &EncodedImage) -> Kept {
-        let (hidden_rows, hidden) = self.session.vision_hidden().unwrap_or_default();
-        Kept { pixels, hidden, hidden_rows, features: self.session.image_rows(encoded) }
+    fn keep(&self, pixels: Vec<f32>, encoded: &EncodedImage) -> Result<Kept> {
+        let (hidden_rows, hidden) = self.session.vision_hidden()?.unwrap_or_default();
+        Ok(Kept { pixels, hidden, hidden_rows, features: self.session.image_rows(encoded)? })
     }
 
     /// The ids of a prompt, pictures expanded: its length is known before any work is done.
@@ -226,16 +226,16 @@ impl Engine {
         let mut logits = vec![0f32; self.model().config().text.vocab_size];
         let top = request.logprobs.unwrap_or(0);
         self.prefill(&mut sequence, request, &mut Vec::new())?;
-        self.session.logits(0, self.session.output_rows(0) - 1, &mut logits);
+        self.session.logits(0, self.session.output_rows(0) - 1, &mut logits)?;
         scores.push(TokenLogProb::of(&logits, given[0], top));
         for &id in &given[..given.len() - 1] {
             sequence.push(id);
         }
         while sequence.pending() > 0 {
             let tokens = sequence.pending().min(self.session.max_outputs()).min(self.session.prefill_chunk());
-            self.step(&mut sequence, tokens, Want::All)?;
+            self.step(&mut sequence, tokens, Want::All, Phase::Prefill)?;
             for row in 0..tokens {
-                self.session.logits(0, row, &mut logits);
+                self.session.logits(0, row, &mut logits)?;
                 scores.push(TokenLogProb::of(&logits, given[scores.len()], top));
             }
         }
@@ -260,14 +260,14 @@ impl Engine {
         prefill?;
         while answer.token_ids.len() < max_tokens {
             if !answer.token_ids.is_empty() {
-                let step = self.step(sequence, 1, Want::Next);
+                let step = self.step(sequence, 1, Want::Next, Phase::Decode);
                 answer.decode = start.elapsed() - answer.prefill;
                 step?;
             }
             let id = self.session.next(0);
             if let Some(top) = request.logprobs {
                 let row = self.session.output_rows(0) - 1;
-                self.session.logits(0, row, &mut logits);
+                self.session.logits(0, row, &mut logits)?;
                 answer.logprobs.push(TokenLogProb::of(&logits, id, top));
             }
             answer.token_ids.push(id);
@@ -295,20 +295,20 @@ impl Engine {
             // A token is chosen after every chunk, though only the last one counts: its logits show at once
             // if the chunk made NaN, and they cost one row of the head.
             let want = if request.prompt_logits { Want::All } else { Want::Next };
-            self.step(sequence, tokens, want)?;
+            self.step(sequence, tokens, want, Phase::Prefill)?;
             if request.prompt_logits {
                 let start = kept.len();
                 kept.resize(start + tokens * vocab, 0.0);
                 for (row, logits) in kept[start..].chunks_exact_mut(vocab).enumerate() {
-                    self.session.logits(0, row, logits);
+                    self.session.logits(0, row, logits)?;
                 }
             }
         }
         Ok(())
     }
 
-    fn step(&mut self, sequence: &mut Sequence, tokens: usize, want: Want) -> Result<()> {
-        self.session.step(&mut [Advance { sequence, tokens, want }], &self.control)
+    fn step(&mut self, sequence: &mut Sequence, tokens: usize, want: Want, phase: Phase) -> Result<()> {
+        self.session.step(&mut [Advance { sequence, tokens, want, phase }], &self.control)
     }
 
     /// A sequence for the prompt, with whatever the last one left in the cache for it.

@@ -15,7 +15,7 @@ pub mod sequence;
 pub mod session;
 pub mod size;
 
-pub use batch::{Advance, Want};
+pub use batch::{Advance, Phase, Want};
 pub use engine::{Engine, ImageHandle};
 pub use model::{LoadOptions, Model, Source};
 pub use request::{Completion, FinishReason, Input, Request};

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 /// A picture after vision tower and projector: rows that take the place of token embeddings.
 #[derive(Debug)]
 pub struct EncodedImage {
-    /// `[rows, D]` of f32 on the device.
+    /// `[rows, D]` of the device's dtype, on the device.
     pub rows: Buffer,
     /// How many rows.
     pub len: usize,

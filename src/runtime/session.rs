@@ -40,8 +40,8 @@ impl Session {
     /// An option out of range, or [`Error::Memory`] with the plan's numbers when it does not fit.
     pub fn new(model: Arc<Model>, options: SessionOptions) -> Result<Self> {
         let config = &model.config().text;
-        let max = limits(config, &options)?;
         let backend = model.backend();
+        let max = limits(config, &options, backend.dtype())?;
 
         let language_plan = Plan::new(model.language(), &**backend, max);
         let one_image = Bindings { images: 1, ..Bindings::default() };
@@ -49,7 +49,7 @@ impl Session {
         let arena_bytes = language_plan.bytes.max(vision_plan.as_ref().map_or(0, |p| p.bytes));
         let plan = MemoryPlan {
             weights: model.weight_bytes(),
-            kv: (max.pages * page_bytes(config)) as u64,
+            kv: (max.pages * page_bytes(config, backend.dtype())) as u64,
             arena: arena_bytes as u64,
             pages: max.pages,
             context: max.context,
@@ -209,7 +209,7 @@ impl Session {
         };
         let bindings = Bindings { images: 1, ..Bindings::default() };
         assert_eq!(pixels.len(), vision.view(part.pixels, &bindings).len(), "pixels");
-        vision.write(part.pixels, pixels);
+        vision.write(part.pixels, pixels)?;
         let start = Instant::now();
         // SAFETY: the vision graph has no index inputs and no states; `&mut self` keeps the arena ours.
         unsafe { vision.run_nodes(0..part.projector, &bindings, control)? };
@@ -219,42 +219,45 @@ impl Session {
         let projector = start.elapsed() - tower;
         let view = vision.view(part.features, &bindings);
         let rows = self.model.backend().alloc("an image's rows", view.bytes())?;
-        let mut host = vec![0f32; view.len()];
-        vision.read(part.features, &bindings, &mut host);
-        if host.iter().any(|x| !x.is_finite()) {
+        if vision.read_floats(part.features, &bindings)?.iter().any(|x| !x.is_finite()) {
             // SAFETY: as above.
-            let node = unsafe { vision.first_non_finite(&bindings) };
+            let node = unsafe { vision.first_non_finite(&bindings)? };
             return Err(non_finite(0, node));
         }
         // SAFETY: `rows` was just allocated with the size of `view`, which lies in the arena.
-        unsafe { self.model.backend().copy(view.addr, rows.addr, view.bytes()) };
+        unsafe { self.model.backend().copy(view.addr, rows.addr, view.bytes())? };
         Ok((EncodedImage { rows, len: view.rows, digest }, [tower, projector]))
     }
 
     /// The selected hidden state of the last [`encode`](Session::encode), class row included: its rows
-    /// and its values, row after row. To be read before any other step.
-    pub fn vision_hidden(&self) -> Option<(usize, Vec<f32>)> {
+    /// and its values, row after row. To be read before any other step. `None` for a text model.
+    ///
+    /// # Errors
+    /// [`Error::Device`].
+    pub fn vision_hidden(&self) -> Result<Option<(usize, Vec<f32>)>> {
         let bindings = Bindings { images: 1, ..Bindings::default() };
-        let (vision, part) = (self.vision.as_ref()?, self.model.vision()?);
-        let view = vision.view(part.hidden, &bindings);
-        let mut host = vec![0f32; view.len()];
-        vision.read(part.hidden, &bindings, &mut host);
-        Some((view.rows, host))
+        let (Some(vision), Some(part)) = (&self.vision, self.model.vision()) else { return Ok(None) };
+        let rows = vision.view(part.hidden, &bindings).rows;
+        Ok(Some((rows, vision.read_floats(part.hidden, &bindings)?)))
     }
 
     /// The rows of an encoded image, for dumps.
-    pub fn image_rows(&self, image: &EncodedImage) -> Vec<f32> {
-        let mut host = vec![0f32; image.rows.bytes / 4];
+    ///
+    /// # Errors
+    /// [`Error::Device`].
+    pub fn image_rows(&self, image: &EncodedImage) -> Result<Vec<f32>> {
+        let backend = self.model.backend();
+        let mut bytes = vec![0u8; image.rows.bytes];
         // SAFETY: the buffer is the image's own and nobody writes to it after `encode`.
-        unsafe { self.model.backend().download(image.rows.addr, bytemuck::cast_slice_mut(&mut host)) };
-        host
+        unsafe { backend.download(image.rows.addr, &mut bytes)? };
+        Ok(backend.dtype().widen(&bytes))
     }
 
     /// Advances every sequence of `batch`. On success the processed ids are in the cache, and
     /// [`next`](Session::next) and [`logits`](Session::logits) tell the results; on an error no sequence has changed.
     ///
     /// # Errors
-    /// [`Error::KvExhausted`], [`Error::Cancelled`], [`Error::NonFinite`], [`Error::Context`].
+    /// [`Error::KvExhausted`], [`Error::Cancelled`], [`Error::NonFinite`], [`Error::Context`], [`Error::Device`].
     ///
     /// # Panics
     /// If the batch is larger than the session was made for, or a sequence belongs to another session:
@@ -262,8 +265,8 @@ impl Session {
     pub fn step(&mut self, batch: &mut [Advance<'_>], control: &Control) -> Result<()> {
         self.admit(batch)?;
         self.grow(batch)?;
-        self.staging.stage(batch, &mut self.language, self.model.llama());
-        let done = self.run(batch, control);
+        let staged = self.staging.stage(batch, &mut self.language, self.model.llama());
+        let done = staged.and_then(|()| self.run(batch, control));
         if done.is_err() {
             for a in batch {
                 let before = a.sequence.table.len() - a.tokens;
@@ -292,22 +295,25 @@ impl Session {
     /// [`Want::Next`](super::Want::Next) there is one row, with [`Want::All`](super::Want::All) one for each
     /// token. To be read before the next step or [`encode`](Session::encode), which use the same memory.
     ///
+    /// # Errors
+    /// [`Error::Device`].
+    ///
     /// # Panics
     /// If there is no such row or `logits` is not as long as the vocabulary.
-    pub fn logits(&self, i: usize, row: usize, logits: &mut [f32]) {
+    pub fn logits(&self, i: usize, row: usize, logits: &mut [f32]) -> Result<()> {
         let rows = &self.staging.outputs[i];
         assert!(row < rows.len(), "row {row} of {}", rows.len());
         let view = self.language.view(self.llama().logits, &self.staging.bindings);
         assert_eq!(logits.len(), view.cols);
         let addr = view.addr + (rows.start + row) * view.cols * 4;
         // SAFETY: the row lies inside the kept logits of the last step; no step runs (`&self`).
-        unsafe { self.model.backend().download(addr, bytemuck::cast_slice_mut(logits)) };
+        unsafe { self.model.backend().download(addr, bytemuck::cast_slice_mut(logits)) }
     }
 
     /// Fills the whole KV cache with `value`, for tests of what must not be read.
     #[doc(hidden)]
-    pub fn fill_kv(&mut self, value: f32) {
-        self.kv.fill(value);
+    pub fn fill_kv(&mut self, value: f32) -> Result<()> {
+        self.kv.fill(value)
     }
 
     fn llama(&self) -> &Llama {
@@ -344,16 +350,16 @@ impl Session {
         let mut pages = self.pages.lock();
         for i in 0..batch.len() {
             let Advance { sequence, tokens, .. } = &mut batch[i];
-            match sequence.table.grow(*tokens, &mut pages) {
-                Ok(Some(copy)) => self.kv.copy_page(copy),
-                Ok(None) => {}
-                Err(error) => {
-                    for Advance { sequence, tokens, .. } in &mut batch[..i] {
-                        let before = sequence.table.len() - *tokens;
-                        sequence.table.truncate(before, &mut pages);
-                    }
-                    return Err(error);
+            let before = sequence.table.len();
+            let grown = sequence.table.grow(*tokens, &mut pages);
+            let ready = grown.and_then(|copy| copy.map_or(Ok(()), |copy| self.kv.copy_page(copy)));
+            if ready.is_err() {
+                sequence.table.truncate(before, &mut pages);
+                for Advance { sequence, tokens, .. } in &mut batch[..i] {
+                    let before = sequence.table.len() - *tokens;
+                    sequence.table.truncate(before, &mut pages);
                 }
+                return ready;
             }
         }
         Ok(())
@@ -367,10 +373,10 @@ impl Session {
         // positions are inside the context (`admit`); `&mut self` keeps arena and pool ours.
         unsafe { self.language.run(&bindings, control)? };
         let next = &mut self.staging.next[..bindings.outputs];
-        self.language.read(llama.next, &bindings, next);
+        self.language.read(llama.next, &bindings, next)?;
         if next.iter().any(|&id| id < 0) {
             // SAFETY: as above.
-            let node = unsafe { self.language.first_non_finite(&bindings) };
+            let node = unsafe { self.language.first_non_finite(&bindings)? };
             let position = batch.iter().map(|a| a.sequence.table.len() - a.tokens).max().unwrap_or(0);
             return Err(non_finite(position, node));
         }
@@ -401,6 +407,6 @@ fn rope_table(model: &Model, context: usize) -> Result<Buffer> {
         }
     }
     // SAFETY: the buffer was just allocated with this size.
-    unsafe { model.backend().upload(buffer.addr, bytemuck::cast_slice(&table)) };
+    unsafe { model.backend().upload(buffer.addr, bytemuck::cast_slice(&table))? };
     Ok(buffer)
 }

@@ -4,7 +4,7 @@ use super::kv::page_bytes;
 use crate::error::{Error, Result};
 use crate::model::config::TextConfig;
 use crate::op::PAGE;
-use crate::tensor::Bindings;
+use crate::tensor::{Bindings, DType};
 
 /// How large a session is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,8 +55,9 @@ impl MemoryPlan {
     }
 }
 
-/// The largest step of a session.
-pub(super) fn limits(config: &TextConfig, options: &SessionOptions) -> Result<Bindings> {
+/// The largest step of a session whose KV cache is of `dtype`.
+pub(super) fn limits(config: &TextConfig, options: &SessionOptions, dtype: DType) -> Result<Bindings> {
+    let page_bytes = page_bytes(config, dtype);
     let context = options.context.unwrap_or(config.max_positions.min(DEFAULT_CONTEXT));
     if context == 0 || context > config.max_positions {
         let expected = format!("1 to {}, the positions the model was made for", config.max_positions);
@@ -71,17 +72,19 @@ pub(super) fn limits(config: &TextConfig, options: &SessionOptions) -> Result<Bi
     }
     let pages = match options.kv_memory {
         None => context.div_ceil(PAGE),
-        Some(bytes) => usize::try_from(bytes).unwrap_or(usize::MAX) / page_bytes(config),
+        Some(bytes) => usize::try_from(bytes).unwrap_or(usize::MAX) / page_bytes,
     };
     if pages == 0 {
-        let expected = format!("at least one page of {PAGE} positions, {} bytes", page_bytes(config));
+        let expected = format!("at least one page of {PAGE} positions, {page_bytes} bytes");
         return Err(Error::option("--kv-memory", expected, options.kv_memory.unwrap_or(0)));
     }
     let pages = pages.min(MAX_PAGES);
     let tokens = options.prefill_chunk.min(context).max(options.max_sequences);
     Ok(Bindings {
         tokens,
+        decode: 0,
         outputs: if options.all_logits { tokens } else { options.max_sequences },
+        decode_outputs: 0,
         images: 0,
         // No sequence is longer than the context, however large the pool is.
         table_entries: options.max_sequences * context.div_ceil(PAGE),

@@ -28,8 +28,12 @@ pub enum Rows {
 pub struct Bindings {
     /// T, packed token rows.
     pub tokens: usize,
+    /// How many of them, the leading ones, are decode rows: see [`Rows::decode`].
+    pub decode: usize,
     /// R, rows whose logits are computed.
     pub outputs: usize,
+    /// How many of them, the leading ones, are decode rows.
+    pub decode_outputs: usize,
     /// Images that pass through the vision graph together.
     pub images: usize,
     /// Page-table entries of all sequences of the step.
@@ -51,6 +55,18 @@ impl Rows {
             Rows::TableEntries => bindings.table_entries,
             Rows::Pages => bindings.pages,
             Rows::Context => bindings.context,
+        }
+    }
+}
+
+impl Rows {
+    /// How many of the rows, the leading ones, are decode rows. A device may have one family of kernels for
+    /// them and another for prefill rows; then a row's bits depend on which it is, and on nothing else.
+    pub fn decode(self, bindings: &Bindings) -> usize {
+        match self {
+            Rows::Tokens => bindings.decode,
+            Rows::Outputs => bindings.decode_outputs,
+            Rows::Fixed(_) | Rows::PerImage(_) | Rows::TableEntries | Rows::Pages | Rows::Context => 0,
         }
     }
 }
@@ -81,7 +97,7 @@ pub struct TensorType {
 }
 
 impl TensorType {
-    /// `[rows, cols]` of f32, the activation type of the CPU.
+    /// `[rows, cols]` of f32: activations on the CPU; pixels, rotation tables and logits everywhere.
     pub const fn f32(rows: Rows, cols: usize) -> Self {
         TensorType { rows, cols, dtype: DType::F32 }
     }

@@ -2,11 +2,14 @@
 //! gets a line here.
 //!
 //! A case is an op with operand types and dtypes; its data come from a seed. [`Case::run`] runs it on any
-//! backend through a graph of one node, with guard rows around every buffer.
+//! backend through a graph of one node, with guards around every buffer.
+//!
+//! The table speaks of f32. A device of another dtype gets activations of that dtype: the data are rounded to
+//! it when they are made, so that an oracle in f64 sees what the device sees, and results are widened again.
 
 use std::sync::Arc;
-use tessera::backend::Backend;
-use tessera::graph::{Control, Executor, GraphBuilder, Plan, Source};
+use tessera::backend::{Backend, Buffer};
+use tessera::graph::{Control, Executor, Graph, GraphBuilder, Plan, Source, ValueId};
 use tessera::op::{Activation, Op, PAGE, SAMPLE_PARAMS, SampleParams, Select};
 use tessera::tensor::{Bindings, DType, Rows, Storage, TensorType, Weight, WeightBytes};
 
@@ -15,7 +18,7 @@ use tessera::tensor::{Bindings, DType, Rows, Storage, TensorType, Weight, Weight
 pub struct Case {
     /// The op.
     pub op: Op,
-    /// Operand types; symbolic rows are bound by `bindings`.
+    /// Operand types on the CPU; symbolic rows are bound by `bindings`.
     pub ins: Vec<TensorType>,
     /// Shapes of the weights.
     pub weights: Vec<[usize; 2]>,
@@ -34,7 +37,7 @@ impl std::fmt::Display for Case {
         for [n, k] in &self.weights {
             write!(f, " {n}x{k}")?;
         }
-        write!(f, " {} past {}", self.dtype, self.past)
+        write!(f, " {} past {} decode {}", self.dtype, self.past, self.bindings.decode)
     }
 }
 
@@ -73,34 +76,44 @@ pub struct Data {
 pub type Results = Vec<Vec<u32>>;
 
 impl Case {
-    /// Data from a seed. Weight bytes begin at an odd address, as nothing promises otherwise.
-    pub fn data(&self, seed: u64) -> Data {
+    /// Data from a seed, for a device of dtype `device`: activations and matrices hold only values of it.
+    /// Weight bytes begin at an odd address, as nothing promises otherwise.
+    pub fn data(&self, seed: u64, device: DType) -> Data {
         let mut random = Random(seed);
-        let weights = self.weights.iter().map(|&[rows, cols]| self.weight(rows, cols, &mut random)).collect();
-        let mut ins: Vec<Vec<u32>> = self
-            .ins
-            .iter()
-            .map(|ty| {
-                let len = ty.rows.bind(&self.bindings) * ty.cols;
-                (0..len).map(|_| random.float().to_bits()).collect()
+        let weights = (0..self.weights.len()).map(|i| self.weight(i, device, &mut random)).collect();
+        let mut ins: Vec<Vec<u32>> = (0..self.ins.len())
+            .map(|i| {
+                let dtype = self.dtype_on(i, device);
+                let len = self.ins[i].rows.bind(&self.bindings) * self.ins[i].cols;
+                (0..len).map(|_| rounded(random.float(), dtype).to_bits()).collect()
             })
             .collect();
         self.fill_indices(&mut ins, &mut random);
         Data { ins, weights }
     }
 
-    fn weight(&self, rows: usize, cols: usize, random: &mut Random) -> Weight {
-        let mut bytes = vec![0u8];
-        for _ in 0..rows * cols {
-            let x = random.float();
-            match self.dtype {
-                DType::F32 => bytes.extend(x.to_le_bytes()),
-                DType::F16 => bytes.extend(half::f16::from_f32(x).to_le_bytes()),
-                DType::BF16 => bytes.extend(half::bf16::from_f32(x).to_le_bytes()),
-                DType::I32 => unreachable!(),
-            }
+    /// The dtype of operand `i` on a device: pixels, rotation tables and logits are f32 on every one.
+    fn dtype_on(&self, i: usize, device: DType) -> DType {
+        match (&self.op, i, self.ins[i].dtype) {
+            (_, _, DType::I32) => DType::I32,
+            (Op::PatchEmbed { .. } | Op::Sample, 0, _) | (Op::RopeAppend { .. }, 3, _) => DType::F32,
+            _ => device,
         }
-        let len = bytes.len() - 1;
+    }
+
+    fn weight(&self, i: usize, device: DType, random: &mut Random) -> Weight {
+        let [rows, cols] = self.weights[i];
+        // Devices keep vectors, and the few rows of class and positions, in f32.
+        let matrix = match self.op {
+            Op::PatchEmbed { .. } => i == 0,
+            _ => rows > 1,
+        };
+        let values: Vec<f32> = (0..rows * cols)
+            .map(|_| if matrix { rounded(random.float(), device) } else { random.float() })
+            .collect();
+        let len = values.len() * self.dtype.size();
+        let mut bytes = vec![0u8; 1 + len];
+        self.dtype.round_to(&values, &mut bytes[1..]);
         let storage = Arc::new(Storage::Owned(bytes.into_boxed_slice()));
         let bytes = WeightBytes::new(storage, 1, len).unwrap();
         Weight { name: format!("[{rows}, {cols}]"), dtype: self.dtype, rows, cols, bytes }
@@ -163,76 +176,185 @@ impl Case {
 
     /// Puts the case on a backend, ready to run any number of times.
     pub fn prepare(&self, backend: Arc<dyn Backend>, data: &Data) -> Prepared {
+        let device = backend.dtype();
         let mut b = GraphBuilder::new(&*backend);
         let mut states = Vec::new();
-        let mut buffers = Vec::new();
         let ins: Vec<_> = (0..self.ins.len())
             .map(|i| {
-                let (ty, words) = (self.ins[i], &data.ins[i]);
+                let ty = TensorType { dtype: self.dtype_on(i, device), ..self.ins[i] };
                 if !matches!(ty.rows, Rows::Pages | Rows::Context) {
                     return b.input("in", ty);
                 }
-                let buffer = backend.alloc("state", words.len() * 4).unwrap();
+                let bytes = encode(&self.pages_on(i, device, &data.ins[i]), ty.dtype);
+                let buffer = backend.alloc("state", bytes.len()).unwrap();
                 // SAFETY: the buffer was just allocated with this size.
-                unsafe { backend.upload(buffer.addr, bytemuck::cast_slice(words)) };
-                states.push(buffer.addr);
-                buffers.push((i, buffer));
+                unsafe { backend.upload(buffer.addr, &bytes).unwrap() };
+                states.push((i, ty.dtype, buffer));
                 b.state("state".into(), ty)
             })
             .collect();
         let outs = b.push_all("op", self.op.clone(), &ins, &data.weights).unwrap();
         outs.iter().for_each(|out| b.keep(*out));
         let graph = Arc::new(b.finish());
-        let plan = Plan::new(&graph, &*backend, self.bindings);
+        let plan = spread(Plan::new(&graph, &*backend, self.bindings), &graph, &self.bindings);
         let arena = Arc::new(backend.alloc("arena", plan.bytes).unwrap());
         // What an op does not write, and what it reads before it writes, shows.
-        let poison = vec![f32::NAN.to_bits(); plan.bytes / 4];
-        // SAFETY: the arena was just allocated with at least this size.
-        unsafe { backend.upload(arena.addr, bytemuck::cast_slice(&poison)) };
-        let mut executor = Executor::new(graph.clone(), backend.clone(), plan, arena, &states);
+        // SAFETY: the arena was just allocated with this size.
+        unsafe { backend.upload(arena.addr, &poison(plan.bytes)).unwrap() };
+        let addrs: Vec<_> = states.iter().map(|(_, _, buffer)| buffer.addr).collect();
+        let mut executor = Executor::new(graph.clone(), backend.clone(), plan, arena.clone(), &addrs);
         for (&value, words) in ins.iter().zip(&data.ins) {
             if graph.value(value).source == Source::Input {
-                executor.write(value, words);
+                executor.write(value, &encode(words, graph.ty(value).dtype)).unwrap();
             }
         }
-        Prepared { executor, outs, bindings: self.bindings, buffers, backend }
+        Prepared { case: self.clone(), executor, outs, states, arena, backend }
+    }
+
+    /// Operand `i` as the device lays it out. On the CPU a page of keys is `[kv head][E][PAGE]`, on a
+    /// device of 16 bits `[kv head][PAGE][E]`; the table speaks of the former.
+    fn pages_on(&self, i: usize, device: DType, words: &[u32]) -> Vec<u32> {
+        self.transposed(i, device, words, |e| (e, PAGE))
+    }
+
+    /// The inverse of [`pages_on`](Case::pages_on).
+    fn pages_from(&self, i: usize, device: DType, words: &[u32]) -> Vec<u32> {
+        self.transposed(i, device, words, |e| (PAGE, e))
+    }
+
+    fn transposed(
+        &self,
+        i: usize,
+        device: DType,
+        words: &[u32],
+        shape: impl Fn(usize) -> (usize, usize),
+    ) -> Vec<u32> {
+        let head_dim = match self.op {
+            Op::RopeAppend { head_dim, .. } | Op::PagedAttention { head_dim, .. } => head_dim,
+            _ => return words.to_vec(),
+        };
+        if i != 4 || device == DType::F32 {
+            return words.to_vec();
+        }
+        let (rows, cols) = shape(head_dim);
+        let heads = words.chunks_exact(rows * cols);
+        heads
+            .flat_map(|head| (0..cols).flat_map(move |c| (0..rows).map(move |r| head[r * cols + c])))
+            .collect()
+    }
+}
+
+/// Bytes between two blocks of an arena that nobody may touch.
+const GUARD: usize = 256;
+
+/// The plan with a guard after every block, the workspace included.
+fn spread(plan: Plan, graph: &Graph, bindings: &Bindings) -> Plan {
+    let workspace = plan.bytes - plan.workspace;
+    let mut end = 0;
+    let offsets = (plan.offsets.iter().enumerate())
+        .map(|(i, offset)| {
+            offset.map(|_| {
+                let at = end;
+                end = (at + graph.values[i].ty.bytes(bindings) + GUARD).next_multiple_of(256);
+                at
+            })
+        })
+        .collect();
+    Plan { offsets, workspace: end, bytes: end + workspace + GUARD, ..plan }
+}
+
+/// Bytes of NaN, in f32 as in f16 and bf16.
+fn poison(bytes: usize) -> Vec<u8> {
+    vec![0xff; bytes]
+}
+
+/// Floats, or indices, given as words, as elements of `dtype`.
+fn encode(words: &[u32], dtype: DType) -> Vec<u8> {
+    if dtype == DType::I32 {
+        return bytemuck::cast_slice(words).to_vec();
+    }
+    let mut bytes = vec![0; words.len() * dtype.size()];
+    dtype.round_to(&words.iter().map(|bits| f32::from_bits(*bits)).collect::<Vec<_>>(), &mut bytes);
+    bytes
+}
+
+/// The inverse of [`encode`].
+fn decode(bytes: &[u8], dtype: DType) -> Vec<u32> {
+    match dtype {
+        DType::I32 => bytemuck::pod_collect_to_vec(bytes),
+        _ => dtype.widen(bytes).into_iter().map(f32::to_bits).collect(),
+    }
+}
+
+fn rounded(x: f32, dtype: DType) -> f32 {
+    match dtype {
+        DType::F32 | DType::I32 => x,
+        DType::F16 => half::f16::from_f32(x).to_f32(),
+        DType::BF16 => half::bf16::from_f32(x).to_f32(),
     }
 }
 
 /// A case on a backend.
 pub struct Prepared {
+    case: Case,
     executor: Executor,
-    outs: Vec<tessera::graph::ValueId>,
-    bindings: Bindings,
-    buffers: Vec<(usize, tessera::backend::Buffer)>,
+    outs: Vec<ValueId>,
+    /// Which operands are states, with their dtypes on the device.
+    states: Vec<(usize, DType, Buffer)>,
+    arena: Arc<Buffer>,
     backend: Arc<dyn Backend>,
 }
 
 impl Prepared {
     /// Runs it once.
     pub fn run(&mut self) {
-        // SAFETY: `fill_indices` named rows that exist; the states live in `buffers`, which is ours.
-        unsafe { self.executor.run(&self.bindings, &Control::default()).unwrap() };
+        // SAFETY: `fill_indices` named rows that exist; the states live in `states`, which is ours.
+        unsafe {
+            self.executor
+                .run(&self.case.bindings, &Control::default())
+                .unwrap_or_else(|e| panic!("{}: {e}", self.case))
+        };
     }
 
-    /// The results, and the KV caches as they are now.
+    /// The results, and the KV caches as they are now. Checks that no guard was touched.
     pub fn results(&self) -> Results {
+        self.check_guards();
         let mut results: Results = self
             .outs
             .iter()
             .map(|&out| {
-                let mut words = vec![0u32; self.executor.view(out, &self.bindings).len()];
-                self.executor.read(out, &self.bindings, &mut words);
-                words
+                let view = self.executor.view(out, &self.case.bindings);
+                let mut bytes = vec![0u8; view.bytes()];
+                self.executor.read(out, &self.case.bindings, &mut bytes).unwrap();
+                decode(&bytes, view.dtype)
             })
             .collect();
-        for (_, buffer) in &self.buffers {
-            let mut words = vec![0u32; buffer.bytes / 4];
-            // SAFETY: the whole of a buffer of ours; nothing runs.
-            unsafe { self.backend.download(buffer.addr, bytemuck::cast_slice_mut(&mut words)) };
-            results.push(words);
+        for (i, dtype, buffer) in &self.states {
+            let words = decode(&self.download(buffer), *dtype);
+            results.push(self.case.pages_from(*i, self.backend.dtype(), &words));
         }
         results
+    }
+
+    fn check_guards(&self) {
+        let bytes = self.download(&self.arena);
+        let plan = self.executor.plan();
+        let graph = self.executor.graph();
+        for (value, offset) in graph.values.iter().zip(&plan.offsets) {
+            let Some(offset) = offset else { continue };
+            let end = offset + value.ty.bytes(&self.case.bindings);
+            let intact = bytes[end..end + GUARD].iter().all(|byte| *byte == 0xff);
+            assert!(intact, "{}: behind `{}` something was written", self.case, value.name);
+        }
+        let intact = bytes[bytes.len() - GUARD..].iter().all(|byte| *byte == 0xff);
+        assert!(intact, "{}: behind the workspace something was written", self.case);
+    }
+
+    fn download(&self, buffer: &Buffer) -> Vec<u8> {
+        let mut bytes = vec![0u8; buffer.bytes];
+        // SAFETY: the whole of a buffer of ours; nothing runs.
+        unsafe { self.backend.download(buffer.addr, &mut bytes).unwrap() };
+        bytes
     }
 }
 
@@ -262,7 +384,7 @@ pub fn linear(
     weights.extend(ns.iter().filter(|_| bias).map(|&n| [1, n]));
     let mut ins = vec![f32s(Rows::Tokens, k)];
     ins.extend(residual.then(|| f32s(Rows::Tokens, ns.iter().sum())));
-    Case { dtype, ..case(Op::Linear { act, bias, residual }, ins, weights, tokens(m)) }
+    Case { dtype, ..case(Op::Linear { act, bias, residual, wide: false }, ins, weights, tokens(m)) }
 }
 
 /// `silu(x · Wgᵀ) ⊙ (x · Wuᵀ)`.

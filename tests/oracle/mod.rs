@@ -17,22 +17,29 @@ impl Backend for Oracle {
         "oracle".into()
     }
 
+    fn dtype(&self) -> DType {
+        DType::F32
+    }
+
     fn alloc(&self, _: &str, bytes: usize) -> Result<Buffer> {
         let memory = vec![0u128; bytes.div_ceil(16) + 4];
         let addr = (memory.as_ptr() as usize).next_multiple_of(64);
         Ok(Buffer::new(addr, bytes, Box::new(memory)))
     }
 
-    fn prepare(&self, weight: &Weight) -> Result<Prepared> {
-        let addr = weight.bytes.as_bytes().as_ptr() as usize;
-        Ok(Prepared::new(weight, addr, weight.row_stride(), Box::new(weight.bytes.clone())))
+    fn prepare(&self, _: &Op, weights: &[Weight]) -> Result<Vec<Prepared>> {
+        let in_place = |weight: &Weight| {
+            let (addr, owner) = (weight.bytes.as_bytes().as_ptr() as usize, Box::new(weight.bytes.clone()));
+            Prepared::new(&weight.name, weight.into(), addr, weight.row_stride(), owner)
+        };
+        Ok(weights.iter().map(in_place).collect())
     }
 
     fn workspace(&self, _: &Op, _: &[View], _: &[WeightType], _: &[View]) -> usize {
         0
     }
 
-    unsafe fn run(&self, call: &Call<'_>) {
+    unsafe fn run(&self, call: &Call<'_>) -> Result<()> {
         let ins: Vec<In> = call.ins.iter().map(In).collect();
         let weights: Vec<Matrix> = call.weights.iter().map(|w| Matrix::of(w)).collect();
         let outs = compute(call.op, &ins, &weights, call.outs);
@@ -48,21 +55,25 @@ impl Backend for Oracle {
                 }
             }
         }
+        Ok(())
     }
 
-    unsafe fn upload(&self, addr: usize, bytes: &[u8]) {
+    unsafe fn upload(&self, addr: usize, bytes: &[u8]) -> Result<()> {
         // SAFETY: the caller's obligation.
         unsafe { from_raw_parts_mut(addr as *mut u8, bytes.len()) }.copy_from_slice(bytes);
+        Ok(())
     }
 
-    unsafe fn download(&self, addr: usize, bytes: &mut [u8]) {
+    unsafe fn download(&self, addr: usize, bytes: &mut [u8]) -> Result<()> {
         // SAFETY: the caller's obligation.
         bytes.copy_from_slice(unsafe { from_raw_parts(addr as *const u8, bytes.len()) });
+        Ok(())
     }
 
-    unsafe fn copy(&self, from: usize, to: usize, bytes: usize) {
+    unsafe fn copy(&self, from: usize, to: usize, bytes: usize) -> Result<()> {
         // SAFETY: the caller's obligation.
         unsafe { std::ptr::copy_nonoverlapping(from as *const u8, to as *mut u8, bytes) };
+        Ok(())
     }
 }
 
@@ -145,7 +156,7 @@ fn compute(op: &Op, ins: &[In], weights: &[Matrix], outs: &[View]) -> Vec<Vec<f6
             let norm = sum.iter().flat_map(|x| rms_norm(x, &weights[0].values, eps)).collect();
             vec![sum.concat(), norm]
         }
-        Op::Linear { act, bias, residual } => {
+        Op::Linear { act, bias, residual, wide: _ } => {
             let n = if bias { weights.len() / 2 } else { weights.len() };
             let mut out = Vec::new();
             for r in 0..ins[0].0.rows {

@@ -20,7 +20,7 @@ pub mod sample;
 use super::{Backend, Buffer, Call, Prepared};
 use crate::error::{Error, Result};
 use crate::op::{Activation, Op, Select, WeightType};
-use crate::tensor::{View, Weight};
+use crate::tensor::{DType, View, Weight};
 use attention::Heads;
 use lanes::Isa;
 use linear::{Layer, Residual};
@@ -85,6 +85,10 @@ impl Backend for CpuBackend {
         format!("cpu ({isa}, {threads} thread{})", if threads == 1 { "" } else { "s" })
     }
 
+    fn dtype(&self) -> DType {
+        DType::F32
+    }
+
     fn alloc(&self, what: &str, bytes: usize) -> Result<Buffer> {
         let available = physical_memory();
         let refuse = |remedy: &str| Error::Memory {
@@ -103,9 +107,12 @@ impl Backend for CpuBackend {
         Ok(Buffer::new(map.as_ptr() as usize, bytes, Box::new(map)))
     }
 
-    fn prepare(&self, weight: &Weight) -> Result<Prepared> {
-        let addr = weight.bytes.as_bytes().as_ptr() as usize;
-        Ok(Prepared::new(weight, addr, weight.row_stride(), Box::new(weight.bytes.clone())))
+    fn prepare(&self, _: &Op, weights: &[Weight]) -> Result<Vec<Prepared>> {
+        let in_place = |weight: &Weight| {
+            let (addr, owner) = (weight.bytes.as_bytes().as_ptr() as usize, Box::new(weight.bytes.clone()));
+            Prepared::new(&weight.name, weight.into(), addr, weight.row_stride(), owner)
+        };
+        Ok(weights.iter().map(in_place).collect())
     }
 
     fn workspace(&self, op: &Op, ins: &[View], weights: &[WeightType], _: &[View]) -> usize {
@@ -130,25 +137,29 @@ impl Backend for CpuBackend {
         }
     }
 
-    unsafe fn run(&self, call: &Call<'_>) {
+    unsafe fn run(&self, call: &Call<'_>) -> Result<()> {
         // SAFETY: the caller's obligations are those of `Operands`.
         let operands = unsafe { Operands::new(call) };
         operands.run(&self.machine);
+        Ok(())
     }
 
-    unsafe fn upload(&self, addr: usize, bytes: &[u8]) {
+    unsafe fn upload(&self, addr: usize, bytes: &[u8]) -> Result<()> {
         // SAFETY: the caller's obligation.
         unsafe { from_raw_parts_mut(addr as *mut u8, bytes.len()) }.copy_from_slice(bytes);
+        Ok(())
     }
 
-    unsafe fn download(&self, addr: usize, bytes: &mut [u8]) {
+    unsafe fn download(&self, addr: usize, bytes: &mut [u8]) -> Result<()> {
         // SAFETY: the caller's obligation.
         bytes.copy_from_slice(unsafe { from_raw_parts(addr as *const u8, bytes.len()) });
+        Ok(())
     }
 
-    unsafe fn copy(&self, from: usize, to: usize, bytes: usize) {
+    unsafe fn copy(&self, from: usize, to: usize, bytes: usize) -> Result<()> {
         // SAFETY: the caller's obligation.
         unsafe { std::ptr::copy_nonoverlapping(from as *const u8, to as *mut u8, bytes) };
+        Ok(())
     }
 }
 
@@ -196,7 +207,7 @@ impl<'a> Operands<'a> {
             Op::L2Normalize => {
                 norm::norm(machine, norm::Norm::L2, self.floats(0), call.ins[0].cols, None, self.out(0));
             }
-            Op::Linear { act, bias, residual } => self.linear(machine, act, bias, residual),
+            Op::Linear { act, bias, residual, wide: _ } => self.linear(machine, act, bias, residual),
             Op::GatedLinear { bias } => {
                 let layer = |i| Layer { weight: self.matrix(i), bias: bias.then(|| self.matrix(2 + i)) };
                 let workspace = self.linear_workspace(machine);

@@ -8,6 +8,8 @@
 //! it when they are made, so that an oracle in f64 sees what the device sees, and results are widened again.
 
 pub mod bounds;
+#[allow(dead_code, reason = "each test program uses a part")]
+pub mod sampling;
 mod table;
 
 #[allow(unused_imports, reason = "each test program uses a part")]
@@ -112,6 +114,7 @@ impl Case {
         // Devices keep vectors, and the few rows of class and positions, in f32.
         let matrix = match self.op {
             Op::PatchEmbed { .. } => i == 0,
+            Op::Linear { bias, .. } | Op::GatedLinear { bias } => !bias || i < self.weights.len() / 2,
             _ => rows > 1,
         };
         let values: Vec<f32> = (0..rows * cols)

@@ -10,6 +10,8 @@
 pub mod bounds;
 #[allow(dead_code, reason = "each test program uses a part")]
 pub mod sampling;
+#[allow(dead_code, reason = "each test program uses a part")]
+pub mod sequences;
 mod table;
 
 #[allow(unused_imports, reason = "each test program uses a part")]

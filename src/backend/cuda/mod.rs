@@ -9,6 +9,7 @@
 //! kernels for each. A row's bits are the same in any batch, chunk and pages, but differ between the phases, and
 //! between architectures.
 
+mod attention;
 pub mod device;
 pub mod driver;
 mod embed;
@@ -94,9 +95,11 @@ impl CudaBackend {
                 Op::L2Normalize => norm::l2_normalize(device, call),
                 Op::Linear { .. } => by_phase(device, call, matvec::linear, missing_rows),
                 Op::GatedLinear { .. } => by_phase(device, call, matvec::gated_linear, missing_rows),
-                Op::Attention { .. } => self.missing(call),
+                Op::Attention { .. } => attention::dense(device, call),
                 Op::RopeAppend { .. } => rope::rope_append(device, call),
-                Op::PagedAttention { .. } => by_phase(device, call, missing_rows, missing_rows),
+                Op::PagedAttention { .. } => {
+                    by_phase(device, call, attention::paged_decode, attention::paged_prefill)
+                }
                 Op::EmbedRows => embed::embed_rows(device, call),
                 Op::SelectRows { .. } => embed::select_rows(device, call),
                 Op::Sample => sample::sample(device, call),
@@ -152,8 +155,9 @@ impl Backend for CudaBackend {
         weights::prepare(&self.device, &self.tied, op, weights)
     }
 
-    fn workspace(&self, op: &Op, _ins: &[View], _weights: &[WeightType], _outs: &[View]) -> usize {
+    fn workspace(&self, op: &Op, ins: &[View], _weights: &[WeightType], _outs: &[View]) -> usize {
         match op {
+            Op::PagedAttention { .. } => attention::workspace(&self.device, op, ins[0].rows, ins[3].rows),
             Op::PatchEmbed { .. }
             | Op::LayerNorm { .. }
             | Op::RmsNorm { .. }
@@ -163,7 +167,6 @@ impl Backend for CudaBackend {
             | Op::GatedLinear { .. }
             | Op::Attention { .. }
             | Op::RopeAppend { .. }
-            | Op::PagedAttention { .. }
             | Op::EmbedRows
             | Op::SelectRows { .. }
             | Op::Sample => 0,

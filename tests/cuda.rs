@@ -5,6 +5,7 @@
 //! One family of ops: `cargo test --features emu --test cuda -- linear`.
 
 mod cases;
+mod devices;
 mod oracle;
 
 use cases::bounds::headroom;
@@ -12,48 +13,8 @@ use cases::{Case, Results};
 use oracle::Oracle;
 use std::sync::Arc;
 use tessera::backend::Backend;
-use tessera::backend::cuda::driver::Driver;
-use tessera::backend::cuda::{CudaBackend, gpu};
 use tessera::op::Op;
 use tessera::tensor::{DType, Rows};
-
-/// A device that the table runs on.
-struct Tested {
-    backend: Arc<dyn Backend>,
-    /// Draws another order of execution, where that can be done.
-    reseed: Box<dyn Fn(u64)>,
-}
-
-/// Every device of this machine, in both dtypes. Without any, the tests say so.
-fn devices() -> Vec<Tested> {
-    let mut devices = Vec::new();
-    for dtype in [DType::BF16, DType::F16] {
-        #[cfg(feature = "emu")]
-        {
-            use tessera::backend::cuda::emu::Emulator;
-            let emulator = Emulator::new(1, Emulator::LIMITS).unwrap();
-            let driver = emulator.clone();
-            devices.push(Tested {
-                backend: backend(Arc::new(driver), dtype),
-                reseed: Box::new(move |seed| emulator.reseed(seed)),
-            });
-        }
-        match gpu::Gpu::open(0) {
-            Ok(gpu) => {
-                devices.push(Tested { backend: backend(Arc::new(gpu), dtype), reseed: Box::new(|_| {}) })
-            }
-            Err(reason) => println!("not on a GPU: {reason}"),
-        }
-    }
-    if devices.is_empty() {
-        println!("skipped: no GPU, and this build is without the feature `emu`");
-    }
-    devices
-}
-
-fn backend(driver: Arc<dyn Driver>, dtype: DType) -> Arc<dyn Backend> {
-    Arc::new(CudaBackend::new(driver, dtype).unwrap().check_launches(true))
-}
 
 /// The cases of an op, with its rows in both phases where kernels differ.
 fn cases_of(name: &str) -> Vec<Case> {
@@ -81,7 +42,9 @@ fn in_phases(case: Case) -> Vec<Case> {
 fn check(name: &str) {
     let cases = cases_of(name);
     assert!(!cases.is_empty(), "no case of {name}");
-    for Tested { backend, reseed } in devices() {
+    for (tested, dtype) in devices::all().iter().flat_map(|t| [(t, DType::BF16), (t, DType::F16)]) {
+        let reseed = &tested.reseed;
+        let backend: Arc<dyn Backend> = Arc::new(tested.backend(dtype).check_launches(true));
         let mut worst: f64 = 0.0;
         for case in &cases {
             for seed in 0..3 {

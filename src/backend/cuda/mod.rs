@@ -22,7 +22,7 @@ mod sample;
 mod staging;
 mod weights;
 
-use super::{Backend, Buffer, Call, Prepared};
+use super::{Backend, Buffer, Call, Prepared, Recording};
 use crate::error::{Error, Result};
 use crate::op::{Op, WeightType};
 use crate::tensor::{DType, View, Weight};
@@ -48,7 +48,8 @@ impl CudaBackend {
         Ok(CudaBackend { device: Device::new(driver, dtype)?, tied: Tied::default(), check_launches: false })
     }
 
-    /// Waits for every op before the next begins, so that an error is told of the op that made it.
+    /// Waits for every op before the next begins, so that an error is told of the op that made it. Nothing is
+    /// recorded then.
     pub fn check_launches(self, yes: bool) -> Self {
         CudaBackend { check_launches: yes, ..self }
     }
@@ -142,6 +143,14 @@ impl Backend for CudaBackend {
 
     fn dtype(&self) -> DType {
         self.device.dtype()
+    }
+
+    fn available(&self) -> Result<Option<u64>> {
+        self.device.driver().memory().map(|(free, _)| Some(free))
+    }
+
+    fn record(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Option<Box<dyn Recording>>> {
+        if self.check_launches { Ok(None) } else { self.device.record(work).map(Some) }
     }
 
     fn alloc(&self, what: &str, bytes: usize) -> Result<Buffer> {

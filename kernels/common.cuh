@@ -38,6 +38,41 @@ template <int warps> DEVICE float block_sum(float x, float* scratch) {
     return sum;
 }
 
+// `W` neighbouring elements as floats: eight 16-bit ones or four floats and more are moved 16 bytes at a time
+// (their address must allow it), one alone.
+template <int W, class T> DEVICE void load(const T* from, float (&v)[W]) {
+    if constexpr (W == 1) {
+        v[0] = to_float(*from);
+    } else if constexpr (sizeof(T) == 4) {
+#pragma unroll
+        for (int i = 0; i < W; i += 4) {
+            Vec16 raw = load16(from + i);
+#pragma unroll
+            for (int j = 0; j < 4; j++) v[i + j] = bits_to_float(raw.word[j]);
+        }
+    } else {
+        static_assert(W == VEC<T>);
+        Vec16 raw = load16(from);
+#pragma unroll
+        for (int i = 0; i < W; i += 2) {
+            v[i] = low<T>(raw.word[i / 2]);
+            v[i + 1] = high<T>(raw.word[i / 2]);
+        }
+    }
+}
+
+template <int W, class T> DEVICE void store(T* to, const float (&v)[W]) {
+    if constexpr (W == 1) {
+        *to = from_float<T>(v[0]);
+    } else {
+        static_assert(W == VEC<T>);
+        Vec16 raw;
+#pragma unroll
+        for (int i = 0; i < W; i += 2) raw.word[i / 2] = pack2<T>(v[i], v[i + 1]);
+        store16(to, raw);
+    }
+}
+
 // op.rs: Activation.
 enum Activation : uint32_t { NONE = 0, QUICK_GELU = 1, GELU_ERF = 2 };
 

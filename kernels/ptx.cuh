@@ -191,14 +191,14 @@ DEVICE Vec16 load16(const void* global) {
 #endif
 }
 
-// The same for bytes that no kernel writes and that are read once: weights in decode. They bypass L1 and
-// leave L2 first.
+// The same for bytes that no kernel writes and that are read once: weights in decode. They bypass L1; L2 fetches
+// the aligned 256 bytes around them.
 DEVICE Vec16 load16_stream(const void* global) {
 #ifdef EMU
     return emu::load16<Vec16>(global);
 #else
     Vec16 v;
-    asm volatile("ld.global.nc.L1::no_allocate.L2::evict_first.v4.u32 {%0, %1, %2, %3}, [%4];"
+    asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
                  : "l"(global));
     return v;
@@ -233,6 +233,16 @@ DEVICE uint32_t ticket(uint32_t* counter, uint32_t add SITE) {
     uint32_t before;
     asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(add) : "memory");
     return before;
+#endif
+}
+
+// Adds to a word of shared memory, indivisibly.
+DEVICE void add_shared(uint32_t* shared, uint32_t x) {
+#ifdef EMU
+    emu::add_shared(shared, x);
+#else
+    uint32_t to = (uint32_t)__cvta_generic_to_shared(shared);
+    asm volatile("red.relaxed.cta.shared.add.u32 [%0], %1;" ::"r"(to), "r"(x) : "memory");
 #endif
 }
 

@@ -285,10 +285,10 @@ impl Task for Product<'_> {
         // SAFETY: `Product::new` has checked every extent.
         unsafe {
             match self.m {
-                1 => self.few::<L, 1>(lanes),
-                2 => self.few::<L, 2>(lanes),
-                3 => self.few::<L, 3>(lanes),
-                4 => self.few::<L, 4>(lanes),
+                1 => self.few::<L, 1, { few::SPAN }>(lanes),
+                2 => self.few::<L, 2, 1>(lanes),
+                3 => self.few::<L, 3, 1>(lanes),
+                4 => self.few::<L, 4, 1>(lanes),
                 _ => self.many(lanes, worker),
             }
         }

@@ -1,0 +1,283 @@
+// What lanes do together: barriers, shuffles, matrices; and asynchronous copies. A lane that arrives leaves what
+// it brings in its warp's slots and starts the next lane; the last one does the work for all.
+#include "device.h"
+#include "fiber.h"
+#include <string.h>
+
+namespace emu {
+namespace {
+
+const char* name_of(Collective c) {
+    switch (c) {
+        case Collective::BLOCK_BARRIER: return "sync_block";
+        case Collective::WARP_BARRIER: return "sync_warp";
+        case Collective::SHUFFLE: return "a shuffle";
+        case Collective::BALLOT: return "lanes_where";
+        case Collective::LOAD_MATRICES: return "load_matrices";
+        case Collective::MMA: return "mma";
+    }
+    return "";
+}
+
+[[noreturn]] __attribute__((noinline, cold)) void diverged(const Warp& warp, Collective at, const Site* site) {
+    fault("is at %s%s%s while other lanes of its warp are at %s%s%s:%s", name_of(at), site ? ", " : "", site ? site->name.c_str() : "",
+          name_of(warp.at), warp.site ? ", " : "", warp.site ? warp.site->name.c_str() : "",
+          standing(*warp.block).c_str());
+}
+
+// All lanes of a warp come together; `work` is done by the last, and says whether the warp then goes on.
+template <class Work> __attribute__((always_inline)) inline void meet(Collective at, const Site* site, Work work) {
+    Lane* me = here;
+    Warp& warp = *me->warp;
+    Launch& launch = *me->block->launch;
+    if (warp.arrived == 0) warp.at = at, warp.site = site;
+    else if (warp.at != at || warp.site != site) diverged(warp, at, site);
+    warp.arrived++;
+    Lane* next;
+    if (warp.started < LANES) {
+        next = &warp.lanes[(warp.first + warp.started++ * warp.stride) % LANES];
+    } else {
+        if (warp.arrived < LANES) fault("is at %s, for which lanes of its warp that have ended are missing:%s", name_of(at), standing(*warp.block).c_str());
+        launch.steps_left -= LANES;
+        warp.arrived = 0;
+        warp.turn ^= 1;
+        begin_round(warp);
+        bool goes_on = work(warp);
+        // Now and then other warps and blocks come between.
+        if (!goes_on || (launch.random.state >> 40) % 16 == 0) {
+            fiber_switch(&me->sp, launch.scheduler);
+            return;
+        }
+        next = warp.resume;
+    }
+    if (next == me) return;
+    here = next;
+    fiber_switch(&me->sp, next->sp);
+}
+
+bool off(const Site* site) { return site == here->block->launch->off; }
+
+const Site* enter(const char* file, int line, const char* kind) {
+    const Site* s = site(file, line, kind);
+    here->site = s;
+    return s;
+}
+
+void land(Copy& copy) {
+    if (copy.from) {
+        read_global(copy.from, 16);
+        memcpy(copy.to, copy.from, 16);
+    } else {
+        memset(copy.to, 0, 16);
+    }
+    copy.landed = true;
+}
+
+}  // namespace
+
+// ---- barriers and sites --------------------------------------------------------------------------
+
+void sync_block(const char* file, int line) {
+    const Site* s = enter(file, line, "barrier");
+    if (off(s)) return;
+    meet(Collective::BLOCK_BARRIER, s, [&](Warp& warp) {
+        Block& block = *warp.block;
+        if (block.waiting && block.barrier != s)
+            fault("is at %s while other warps are at %s", s->name.c_str(), block.barrier->name.c_str());
+        block.barrier = s;
+        block.waiting++;
+        warp.ready = false;
+        if (block.exited) fault("is at %s, for which threads of its block that have ended are missing:%s", s->name.c_str(), standing(block).c_str());
+        return false;
+    });
+}
+
+void sync_warp(const char* file, int line) {
+    const Site* s = enter(file, line, "barrier");
+    if (off(s)) return;
+    meet(Collective::WARP_BARRIER, s, [](Warp& warp) {
+        warp.synced = tick(*warp.block);
+        for (int i = 0; i < LANES; i++) warp.lanes[i].time = warp.synced;
+        pass_on_to_warp(warp);
+        return true;
+    });
+}
+
+bool mask(bool inside, const char* file, int line) { return inside || off(enter(file, line, "mask")); }
+
+void fence_device(const char* file, int line) { enter(file, line, "fence"); }
+
+uint32_t ticket(uint32_t* counter, uint32_t add, const char* file, int line) {
+    const Site* s = enter(file, line, "ticket");
+    yield();  // others may come first
+    touch_counter(counter);
+    uint32_t before = *counter;
+    *counter += add;
+    // Switched off, it counts but orders nothing.
+    if (!off(s)) release_and_acquire(counter);
+    yield();
+    return before;
+}
+
+// ---- shuffles ------------------------------------------------------------------------------------
+
+namespace {
+
+template <class Source> inline uint64_t exchange(uint64_t x, int argument, Source source) {
+    Lane* me = here;
+    Warp& warp = *me->warp;
+    int turn = warp.turn, lane = me->thread % LANES;
+    warp.in[turn][lane][0] = x;
+    int from = source(lane, argument);
+    meet(Collective::SHUFFLE, nullptr, [](Warp&) { return true; });
+    return warp.in[turn][from][0];
+}
+
+}  // namespace
+
+uint64_t shuffle_bits(uint64_t x, int lane) {
+    return exchange(x, lane, [](int, int lane) { return lane & (LANES - 1); });
+}
+
+uint64_t shuffle_xor_bits(uint64_t x, int lane_mask) {
+    return exchange(x, lane_mask, [](int lane, int mask) { return (lane ^ mask) & (LANES - 1); });
+}
+
+uint32_t lanes_where(bool x) {
+    Lane* me = here;
+    Warp& warp = *me->warp;
+    int turn = warp.turn;
+    warp.in[turn][me->thread % LANES][0] = x;
+    meet(Collective::BALLOT, nullptr, [turn](Warp& warp) {
+        uint64_t all = 0;
+        for (int i = 0; i < LANES; i++) all |= warp.in[turn][i][0] << i;
+        warp.out[turn][0][0] = all;
+        return true;
+    });
+    return (uint32_t)warp.out[turn][0][0];
+}
+
+// ---- memory --------------------------------------------------------------------------------------
+
+Bits128 load_128(const void* global) {
+    read_global(global, 16);
+    Bits128 x;
+    memcpy(&x, global, 16);
+    return x;
+}
+
+void store_128(void* global, Bits128 x) {
+    write_global(global, 16);
+    memcpy(global, &x, 16);
+}
+
+// A copy lands at a random one of: its issue, any later issue of this thread, the wait that covers it. Its source
+// is read then, and its destination can be read by nobody until the wait.
+void copy16_async(void* shared, const void* global, bool valid) {
+    Lane& me = *here;
+    check_alignment(shared, 16);
+    check_alignment(global, 16);
+    begin_copy(shared);
+    me.copies.push_back({(unsigned char*)shared, valid ? global : nullptr, me.groups, false});
+    Random& random = me.block->launch->random;
+    uint64_t draw = random();
+    if (draw >> 62 == 0) {
+        Copy& copy = me.copies[(draw >> 32 & 0xffff) % me.copies.size()];
+        if (!copy.landed) land(copy);
+    }
+}
+
+void commit_copies() { here->groups++; }
+
+void wait_copies(int pending, const char* file, int line) {
+    Lane& me = *here;
+    if (off(enter(file, line, "wait"))) return;
+    size_t kept = 0;
+    for (Copy& copy : me.copies) {
+        if (copy.group + (uint32_t)pending < me.groups) {
+            if (!copy.landed) land(copy);
+            end_copy(copy.to);
+        } else {
+            me.copies[kept++] = copy;
+        }
+    }
+    me.copies.resize(kept);
+}
+
+// ---- matrices ------------------------------------------------------------------------------------
+
+Bits128 load_matrices_bits(const void* shared_row, bool transposed) {
+    Lane* me = here;
+    Warp& warp = *me->warp;
+    int turn = warp.turn, lane = me->thread % LANES;
+    check_alignment(shared_row, 16);
+    read_shared(shared_row, 16);
+    warp.in[turn][lane][0] = (uintptr_t)shared_row;
+    meet(Collective::LOAD_MATRICES, nullptr, [turn, transposed](Warp& warp) {
+        uint16_t m[4][8][8];
+        for (int i = 0; i < LANES; i++) memcpy(m[i / 8][i % 8], (const void*)warp.in[turn][i][0], 16);
+        auto* out = (uint32_t(*)[4])warp.out[turn];
+        for (int l = 0; l < LANES; l++) {
+            int row = l / 4, col = l % 4 * 2;
+            for (int i = 0; i < 4; i++)
+                out[l][i] = transposed ? (uint32_t)m[i][col + 1][row] << 16 | m[i][col][row]
+                                       : (uint32_t)m[i][row][col + 1] << 16 | m[i][row][col];
+        }
+        return true;
+    });
+    return {warp.out[turn][lane][0], warp.out[turn][lane][1]};
+}
+
+namespace {
+
+// Products of two 16-bit floats are exact in f64; the 16 of them are added there in order of k, then c, and the
+// sum is rounded once. The chip adds in f32-like precision in an order it does not tell, so it may differ from
+// this by a few units in the last place of the largest term.
+template <bool bf16> void multiply(Warp& warp, int turn) {
+    double a[16][16], b[16][8], c[16][8];
+    auto widen = [](uint32_t half) { return (double)(bf16 ? bits_to_float(half << 16) : f16_to_float((uint16_t)half)); };
+    auto spread = [&](uint32_t pair, double& low, double& high) { low = widen(pair & 0xffff), high = widen(pair >> 16); };
+    for (int l = 0; l < LANES; l++) {
+        const uint64_t* in = warp.in[turn][l];
+        int g = l / 4, t = l % 4;
+        spread((uint32_t)in[0], a[g][2 * t], a[g][2 * t + 1]);
+        spread((uint32_t)(in[0] >> 32), a[g + 8][2 * t], a[g + 8][2 * t + 1]);
+        spread((uint32_t)in[1], a[g][2 * t + 8], a[g][2 * t + 9]);
+        spread((uint32_t)(in[1] >> 32), a[g + 8][2 * t + 8], a[g + 8][2 * t + 9]);
+        spread((uint32_t)in[2], b[2 * t][g], b[2 * t + 1][g]);
+        spread((uint32_t)(in[2] >> 32), b[2 * t + 8][g], b[2 * t + 9][g]);
+    }
+    for (int i = 0; i < 16; i++) {
+        double sum[8] = {};
+        for (int k = 0; k < 16; k++)
+            for (int j = 0; j < 8; j++) sum[j] += a[i][k] * b[k][j];
+        for (int j = 0; j < 8; j++) c[i][j] = sum[j];
+    }
+    for (int l = 0; l < LANES; l++) {
+        float old[4];
+        memcpy(old, &warp.in[turn][l][3], 16);
+        int g = l / 4, t = l % 4;
+        float sum[4] = {(float)(c[g][2 * t] + old[0]), (float)(c[g][2 * t + 1] + old[1]),
+                        (float)(c[g + 8][2 * t] + old[2]), (float)(c[g + 8][2 * t + 1] + old[3])};
+        memcpy(warp.out[turn][l], sum, 16);
+    }
+}
+
+}  // namespace
+
+Float4 mma_values(Float4 c, uint64_t a01, uint64_t a23, uint64_t b01, bool bf16) {
+    Lane* me = here;
+    Warp& warp = *me->warp;
+    int turn = warp.turn, lane = me->thread % LANES;
+    uint64_t* in = warp.in[turn][lane];
+    in[0] = a01, in[1] = a23, in[2] = b01;
+    memcpy(in + 3, &c, 16);
+    meet(Collective::MMA, nullptr, [turn, bf16](Warp& warp) {
+        bf16 ? multiply<true>(warp, turn) : multiply<false>(warp, turn);
+        return true;
+    });
+    memcpy(&c, warp.out[turn][lane], 16);
+    return c;
+}
+
+}  // namespace emu

@@ -170,11 +170,10 @@ template <class T, class Tile, class X> struct Pipeline {
     // This thread's pieces of the operand's share of a slot, COUNT rows, from its row `row` and the operand's row `first`.
     template <int COUNT> DEVICE static void copy(unsigned char* to, const Matrix<T>& from, uint32_t row, uint32_t first, uint32_t k) {
         const T* data = from.data + (int64_t)first * from.stride + k;
-        const bool inside = mask(k < from.depth);
+        const int left = mask(k < from.depth) ? (int)from.rows - (int)first : 0;  // rows that exist from `first` on
 #pragma unroll
-        for (int i = 0; i < COUNT; i += Tile::PASS)
-            if (row + i < COUNT)
-                copy16_async(to + i * Tile::ROW, data + (int64_t)i * from.stride, inside && mask(first + i < from.rows));
+        for (int i = 0; i < COUNT; i += Tile::PASS, data += (int64_t)Tile::PASS * from.stride)
+            if (i + Tile::PASS <= COUNT || row + i < COUNT) copy16_async(to + i * Tile::ROW, data, mask(i < left));
     }
 
     // The same for rows that are gathered. All are under way before the first is waited for.
@@ -216,9 +215,9 @@ template <class T, class Tile, class X> struct Pipeline {
             if (i < blocks) fill(i, i);
             commit_copies();
         }
-        Fragments<Tile> f[2];
         wait_copies<Tile::STAGES - 2>();
         sync_block();
+        Fragments<Tile> f[2];
         load(f[0], 0, 0);
         uint32_t now = 0;  // the slot of this block; the next in the ring is the next block's
 #pragma unroll 1
@@ -228,14 +227,13 @@ template <class T, class Tile, class X> struct Pipeline {
             commit_copies();
 #pragma unroll
             for (int step = 0; step < Tile::STEPS; step++) {
-                if (step + 1 < Tile::STEPS) {
-                    load(f[(step + 1) % 2], now, step + 1);
-                } else if (block + 1 < blocks) {
-                    now = now + 1 == Tile::STAGES ? 0 : now + 1;
+                if (step + 1 == Tile::STEPS) {
+                    // After the last block the same slot is read once more, for nothing: a branch around it costs registers.
+                    if (block + 1 < blocks) now = now + 1 == Tile::STAGES ? 0 : now + 1;
                     wait_copies<Tile::STAGES - 2>();
                     sync_block();
-                    load(f[0], now, 0);
                 }
+                load(f[(step + 1) % 2], now, (step + 1) % Tile::STEPS);
                 multiply(c, f[step % 2]);
             }
         }
@@ -258,18 +256,21 @@ template <class Tile> DEVICE bool combine(Sums<Tile>& c, const GemmArgs& args, u
     if (*arrived + 1 != args.slices) return false;
     if (threadIdx.x == 0) args.counters[tile] = 0;
     sync_block();  // `arrived` is read: shared memory is free again
+    constexpr int BATCH = 16;  // loads under way at a time; more would take registers that c has
 #pragma unroll 1
-    for (uint32_t s = 0; s < args.slices; s++) {
+    for (uint32_t s = 0; s < args.slices; s++)
+#pragma unroll 1
+        for (int batch = 0; batch < GROUPS; batch += BATCH)
 #pragma unroll
-        for (int g = 0; g < GROUPS; g++) {
-            Vec16 v = load16(mine + s * slice + g * Tile::THREADS * 4);
+            for (int g = 0; g < GROUPS; g++) {
+                if (g / BATCH * BATCH != batch) continue;  // registers have no index at run time
+                Vec16 v = load16(mine + s * slice + g * Tile::THREADS * 4);
 #pragma unroll
-            for (int e = 0; e < 4; e++) {
-                float& sum = c[g / 2 / Tile::N16][g / 2 % Tile::N16 * 2 + e / 2][g % 2 * 2 + e % 2];
-                sum = s == 0 ? bits_to_float(v.word[e]) : sum + bits_to_float(v.word[e]);
+                for (int e = 0; e < 4; e++) {
+                    float& sum = c[g / 2 / Tile::N16][g / 2 % Tile::N16 * 2 + e / 2][g % 2 * 2 + e % 2];
+                    sum = s == 0 ? bits_to_float(v.word[e]) : sum + bits_to_float(v.word[e]);
+                }
             }
-        }
-    }
     return true;
 }
 

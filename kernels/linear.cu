@@ -94,8 +94,8 @@ KERNEL(128, 2, linear_64x96_bf16, LinearArgs) { linear<bf16, Tile<64, 96, 64, 4,
 KERNEL(128, 2, linear_64x96_f16, LinearArgs) { linear<f16, Tile<64, 96, 64, 4, 2, 2>>(args); }
 KERNEL(128, 2, linear_64x128_bf16, LinearArgs) { linear<bf16, Tile<64, 128, 64, 4, 2, 2>>(args); }
 KERNEL(128, 2, linear_64x128_f16, LinearArgs) { linear<f16, Tile<64, 128, 64, 4, 2, 2>>(args); }
-KERNEL(128, 2, linear_128x128_bf16, LinearArgs) { linear<bf16, Tile<128, 128, 64, 3, 2, 2>>(args); }
-KERNEL(128, 2, linear_128x128_f16, LinearArgs) { linear<f16, Tile<128, 128, 64, 3, 2, 2>>(args); }
+KERNEL(128, 2, linear_128x128_bf16, LinearArgs) { linear<bf16, Tile<128, 128, 32, 4, 2, 2>>(args); }
+KERNEL(128, 2, linear_128x128_f16, LinearArgs) { linear<f16, Tile<128, 128, 32, 4, 2, 2>>(args); }
 KERNEL(256, 1, linear_128x160_bf16, LinearArgs) { linear<bf16, Tile<128, 160, 32, 4, 4, 2>>(args); }
 KERNEL(256, 1, linear_128x160_f16, LinearArgs) { linear<f16, Tile<128, 160, 32, 4, 4, 2>>(args); }
 KERNEL(256, 1, linear_128x192_bf16, LinearArgs) { linear<bf16, Tile<128, 192, 32, 4, 2, 4>>(args); }

@@ -76,25 +76,53 @@ template <int CHUNKS> constexpr bool conflict_free() {
 }
 static_assert(conflict_free<4>() && conflict_free<8>(), "ldmatrix without bank conflicts");
 
-// ---- four neighbouring values, for outputs ---------------------------------------------------------------
+// ---- four neighbouring columns, for outputs --------------------------------------------------------------
 
-DEVICE void add4(float (&y)[4], const float* from) {
-    Vec16 v = load16(from);
-#pragma unroll
-    for (int e = 0; e < 4; e++) y[e] += bits_to_float(v.word[e]);
+// Columns col .. col+4 of a row of `cols`: `left` of them and of what follows exist. If rows are whole fours, so are
+// these, at an aligned address.
+struct Four {
+    bool whole;
+    int left;
+    DEVICE Four(uint32_t col, uint32_t cols) : whole(cols % 4 == 0), left((int)cols - (int)col) {}
+};
+
+template <class T> DEVICE void add(float (&y)[4], const T* from, Four four) {
+    if (four.whole) {
+        Vec8 v = *(const Vec8*)from;
+        y[0] += low<T>(v.word[0]);
+        y[1] += high<T>(v.word[0]);
+        y[2] += low<T>(v.word[1]);
+        y[3] += high<T>(v.word[1]);
+    } else {
+        for (int e = 0; e < 4; e++)
+            if (mask(e < four.left)) y[e] += to_float(from[e]);
+    }
 }
-template <class T> DEVICE void add4(float (&y)[4], const T* from) {
-    Vec8 v = *(const Vec8*)from;
-    y[0] += low<T>(v.word[0]);
-    y[1] += high<T>(v.word[0]);
-    y[2] += low<T>(v.word[1]);
-    y[3] += high<T>(v.word[1]);
+template <> DEVICE void add(float (&y)[4], const float* from, Four four) {
+    if (four.whole) {
+        Vec16 v = load16(from);
+        for (int e = 0; e < 4; e++) y[e] += bits_to_float(v.word[e]);
+    } else {
+        for (int e = 0; e < 4; e++)
+            if (mask(e < four.left)) y[e] += from[e];
+    }
 }
-DEVICE void store4(float* to, const float (&y)[4]) {
-    store16(to, {float_to_bits(y[0]), float_to_bits(y[1]), float_to_bits(y[2]), float_to_bits(y[3])});
+
+template <class T> DEVICE void store(T* to, const float (&y)[4], Four four) {
+    if (four.whole) {
+        *(Vec8*)to = {pack2<T>(y[0], y[1]), pack2<T>(y[2], y[3])};
+    } else {
+        for (int e = 0; e < 4; e++)
+            if (mask(e < four.left)) to[e] = from_float<T>(y[e]);
+    }
 }
-template <class T> DEVICE void store4(T* to, const float (&y)[4]) {
-    *(Vec8*)to = {pack2<T>(y[0], y[1]), pack2<T>(y[2], y[3])};
+template <> DEVICE void store(float* to, const float (&y)[4], Four four) {
+    if (four.whole) {
+        store16(to, {float_to_bits(y[0]), float_to_bits(y[1]), float_to_bits(y[2]), float_to_bits(y[3])});
+    } else {
+        for (int e = 0; e < 4; e++)
+            if (mask(e < four.left)) to[e] = y[e];
+    }
 }
 
 // ---- the product -----------------------------------------------------------------------------------------

@@ -42,35 +42,26 @@ template <class T> struct LinearOutput {
     const LinearArgs& args;
 
     DEVICE void write(uint32_t row, uint32_t col, float (&y)[4]) const {
-        const uint32_t cols = args.gemm.cols;
-        if (!mask(row < args.gemm.rows)) return;
-        const int64_t at = (int64_t)row * cols + col;
-        if (cols % 4 == 0) {  // then four columns are inside or outside together, and aligned
-            if (!mask(col < cols)) return;
-            if (args.bias) add4(y, args.bias + col);
-            if (args.form == GATED) {
-                *(uint32_t*)((T*)args.y + at / 2) = pack2<T>(silu(y[0]) * y[1], silu(y[2]) * y[3]);
-                return;
+        const Four four(col, args.gemm.cols);
+        if (!mask(row < args.gemm.rows) || !mask(four.left > 0)) return;
+        const int64_t at = (int64_t)row * args.gemm.cols + col;
+        if (args.bias) add(y, args.bias + col, four);
+        if (args.form == GATED) {
+            T* to = (T*)args.y + at / 2;
+            const float first = silu(y[0]) * y[1], second = silu(y[2]) * y[3];
+            if (four.whole) {
+                *(uint32_t*)to = pack2<T>(first, second);
+            } else {
+                to[0] = from_float<T>(first);
+                if (mask(four.left > 2)) to[1] = from_float<T>(second);
             }
-            for (int e = 0; e < 4; e++) y[e] = activate(y[e], args.activation);
-            if (args.residual) add4(y, (const T*)args.residual + at);
-            if (args.form == WIDE) store4((float*)args.y + at, y);
-            else store4((T*)args.y + at, y);
             return;
         }
-        for (int e = 0; e < 4; e++)
-            if (args.bias && mask(col + e < cols)) y[e] += args.bias[col + e];
-        for (int e = 0; e < 4; e++) {
-            if (!mask(col + e < cols)) return;
-            if (args.form == GATED) {
-                if (e % 2 == 0) ((T*)args.y)[(at + e) / 2] = from_float<T>(silu(y[e]) * y[e + 1]);
-                continue;
-            }
-            float v = activate(y[e], args.activation);
-            if (args.residual) v += to_float(((const T*)args.residual)[at + e]);
-            if (args.form == WIDE) ((float*)args.y)[at + e] = v;
-            else ((T*)args.y)[at + e] = from_float<T>(v);
-        }
+#pragma unroll
+        for (int e = 0; e < 4; e++) y[e] = activate(y[e], args.activation);
+        if (args.residual) add(y, (const T*)args.residual + at, four);
+        if (args.form == WIDE) store((float*)args.y + at, y, four);
+        else store((T*)args.y + at, y, four);
     }
 };
 

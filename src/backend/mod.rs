@@ -6,6 +6,7 @@
 //! keeps operands apart.
 
 pub mod cpu;
+pub mod cuda;
 
 use crate::error::Result;
 use crate::op::{Op, WeightType};
@@ -97,7 +98,8 @@ pub trait Backend: Send + Sync {
     /// The dtype of activations and of the KV cache: f32 on the CPU, 16 bits on a GPU.
     fn dtype(&self) -> DType;
 
-    /// Zeroed memory, aligned to at least 64 bytes; on a GPU to 256.
+    /// Memory, aligned to at least 64 bytes, on a GPU to 256. It holds anything: zeros on the CPU, on the
+    /// emulated device what must not be read.
     ///
     /// # Errors
     /// [`Error::Memory`](crate::Error::Memory) with the numbers when there is not enough.

@@ -7,6 +7,8 @@
 //! The table speaks of f32. A device of another dtype gets activations of that dtype: the data are rounded to
 //! it when they are made, so that an oracle in f64 sees what the device sees, and results are widened again.
 
+pub mod bounds;
+
 use std::sync::Arc;
 use tessera::backend::{Backend, Buffer};
 use tessera::graph::{Control, Executor, Graph, GraphBuilder, Plan, Source, ValueId};
@@ -431,6 +433,66 @@ pub fn rope(past: usize, new: usize, heads: usize, kv_heads: usize, head_dim: us
     let op = Op::RopeAppend { heads, kv_heads, head_dim };
     Case { past, ..case(op, ins, vec![], paged(past, new)) }
 }
+
+/// Cases for devices of tiles and pages: rows just below, on and above a tile, all head sizes, pages full, one
+/// short and one over. N and K are small where they do not matter.
+#[allow(dead_code, reason = "each test program uses a part")]
+pub fn edges() -> Vec<Case> {
+    let mut cases = Vec::new();
+    let (f16, bf16) = (DType::F16, DType::BF16);
+    for m in [1, 15, 16, 17, 63, 65, 130, 577, 641] {
+        cases.push(linear(m, &[8], 24, f16, Activation::None, false, false));
+        if m < 200 {
+            cases.push(linear(m, &[72], 40, bf16, Activation::QuickGelu, true, true));
+            cases.push(linear(m, &[40, 24, 24], 72, f16, Activation::GeluErf, true, false));
+            cases.push(gated(m, 24, 136, bf16, false));
+        }
+    }
+    for (n, k) in [(137, 264), (264, 80), (515, 72), (8, 4096), (1003, 16)] {
+        cases.push(linear(18, &[n], k, bf16, Activation::None, true, true));
+        cases.push(Case { op: WIDE, ..linear(3, &[n], k, f16, Activation::None, false, false) });
+    }
+    cases.push(gated(18, 136, 2048, f16, true));
+    for (rows, cols) in [(577, 8), (2, 4096), (3, 5120), (2, 11008)] {
+        let norm = |op, ins: usize, weights: usize| {
+            case(op, vec![f32s(Rows::Tokens, cols); ins], vec![[1, cols]; weights], tokens(rows))
+        };
+        cases.push(norm(Op::LayerNorm { eps: 1e-5 }, 1, 2));
+        cases.push(norm(Op::RmsNorm { eps: 1e-6 }, 1, 1));
+        cases.push(norm(Op::AddRmsNorm { eps: 1e-5 }, 2, 1));
+    }
+    for head_dim in (8..=128).step_by(8) {
+        cases.push(attention(1, 17, 2, head_dim, false));
+        cases.push(attention(1, 19, 1, head_dim, true));
+        cases.push(paged_attention(15, 2, 2, 1, head_dim));
+        cases.push(rope(15, 2, 2, 1, head_dim));
+    }
+    for rows in [15, 16, 63, 64, 65, 129, 577] {
+        cases.push(attention(if rows > 100 { 1 } else { 2 }, rows, 1, 64, rows % 2 == 0));
+    }
+    for end in [31, 32, 33, 64, 65, 127, 128, 129, 300] {
+        for new in [1, 17, 31] {
+            cases.push(paged_attention(end - new, new, 4, 2, 32));
+        }
+    }
+    cases.push(paged_attention(0, 577, 1, 1, 16));
+    cases.push(paged_attention(1030, 2, 2, 2, 64));
+    cases.push(rope(250, 65, 3, 1, 64));
+    // 576 patches, one more than a tile's multiple with the class row.
+    let weights = vec![[24, 12], [1, 24], [577, 24]];
+    let ins = vec![f32s(Rows::PerImage(1), 3 * 48 * 48)];
+    let bindings = Bindings { images: 2, ..Bindings::default() };
+    cases.push(case(Op::PatchEmbed { image: 48, patch: 2 }, ins, weights, bindings));
+    for (rows, cols) in [(2, 1003usize), (1, 32064), (1, 50257)] {
+        let params = TensorType::i32(Rows::Outputs, SAMPLE_PARAMS);
+        let seen = TensorType::i32(Rows::Outputs, cols.div_ceil(32));
+        cases.push(case(Op::Sample, vec![f32s(Rows::Outputs, cols), params, seen], vec![], tokens(rows)));
+    }
+    cases
+}
+
+/// Logits: f32 on every device.
+const WIDE: Op = Op::Linear { act: Activation::None, bias: false, residual: false, wide: true };
 
 /// Every case of the tests: rows 1 to a few, odd and prime, tails of every kind.
 pub fn all() -> Vec<Case> {

@@ -1,0 +1,516 @@
+//! The driver of a GPU. All calls into NVIDIA's library stand in this file; it is loaded when first asked for,
+//! and probed before it is called: a machine without it, or with one that lacks a function, has no GPU and a
+//! reason, never a panic.
+
+use super::driver::{Driver, Kernel, Limits, Recording, Shape};
+use super::staging::Staging;
+use crate::error::{Error, Result};
+use cudarc::driver::sys::{self, CUdevice_attribute as Attribute, CUresult};
+use std::ffi::{CStr, CString, c_char, c_void};
+use std::mem::MaybeUninit;
+use std::ptr;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::thread::ThreadId;
+
+/// A file of kernels, compiled for all architectures.
+pub struct Module {
+    /// The file's name without extension.
+    pub name: &'static str,
+    /// A fat binary.
+    pub image: &'static [u8],
+}
+
+/// What [`MODULES`] and the compiler that made them are, from the build.
+mod embedded {
+    use super::Module;
+    include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
+}
+pub use embedded::{COMPILER, MODULES};
+
+/// The functions called here, by the names they have in the library.
+const FUNCTIONS: [&str; 33] = [
+    "cuInit",
+    "cuDriverGetVersion",
+    "cuGetErrorName",
+    "cuGetErrorString",
+    "cuDeviceGetCount",
+    "cuDeviceGet",
+    "cuDeviceGetName",
+    "cuDeviceGetAttribute",
+    "cuDeviceTotalMem_v2",
+    "cuDevicePrimaryCtxRetain",
+    "cuDevicePrimaryCtxRelease_v2",
+    "cuCtxSetCurrent",
+    "cuStreamCreate",
+    "cuStreamDestroy_v2",
+    "cuStreamSynchronize",
+    "cuStreamBeginCapture_v2",
+    "cuStreamEndCapture",
+    "cuGraphInstantiateWithFlags",
+    "cuGraphLaunch",
+    "cuGraphExecDestroy",
+    "cuGraphDestroy",
+    "cuMemGetInfo_v2",
+    "cuMemAlloc_v2",
+    "cuMemFree_v2",
+    "cuMemcpyHtoDAsync_v2",
+    "cuMemcpyDtoHAsync_v2",
+    "cuMemcpyDtoDAsync_v2",
+    "cuMemsetD8Async",
+    "cuModuleLoadData",
+    "cuModuleUnload",
+    "cuModuleGetFunction",
+    "cuFuncSetAttribute",
+    "cuLaunchKernel",
+];
+
+/// Loads and initialises the library, once a process; why there is none.
+fn library() -> Result<(), String> {
+    static LIBRARY: OnceLock<Result<(), String>> = OnceLock::new();
+    LIBRARY.get_or_init(load).clone()
+}
+
+fn load() -> Result<(), String> {
+    // SAFETY: loading NVIDIA's library runs its initialisers, which is what a user of CUDA asks for.
+    if !unsafe { sys::is_culib_present() } {
+        return Err("no NVIDIA driver: the library libcuda is not installed".into());
+    }
+    for name in FUNCTIONS.iter().chain(&super::staging::FUNCTIONS) {
+        // SAFETY: `culib` loads what was just found; the symbol is looked at and not called.
+        let found = unsafe { sys::culib().get::<*const c_void>(name.as_bytes()).is_ok() };
+        if !found {
+            return Err(format!("the NVIDIA driver is too old: it has no {name}; update it"));
+        }
+    }
+    // SAFETY: the function is there (probed above); it may be called from any thread, any number of times.
+    check("cuInit", unsafe { sys::cuInit(0) })
+}
+
+/// An error of the library in words, with the function that gave it.
+pub(super) fn check(function: &str, code: CUresult) -> Result<(), String> {
+    if code == CUresult::CUDA_SUCCESS {
+        return Ok(());
+    }
+    type Describe = unsafe fn(CUresult, *mut *const c_char) -> CUresult;
+    let text = |describe: Describe| {
+        let mut text = ptr::null();
+        // SAFETY: both functions write the address of a string that lives as long as the library, or null.
+        unsafe {
+            let known = describe(code, &mut text) == CUresult::CUDA_SUCCESS && !text.is_null();
+            if known { CStr::from_ptr(text).to_string_lossy().into_owned() } else { "unknown".into() }
+        }
+    };
+    Err(format!("{function}: {} ({})", text(sys::cuGetErrorString), text(sys::cuGetErrorName)))
+}
+
+/// A number that a function writes.
+fn ask<T>(function: &str, f: impl FnOnce(*mut T) -> CUresult) -> Result<T, String> {
+    let mut value = MaybeUninit::zeroed();
+    check(function, f(value.as_mut_ptr()))?;
+    // SAFETY: the function succeeded, so it has written a number or a handle.
+    Ok(unsafe { value.assume_init() })
+}
+
+/// How many GPUs there are.
+///
+/// # Errors
+/// Why there are none, in words.
+pub fn count() -> Result<usize, String> {
+    library()?;
+    // SAFETY: the library is initialised; the number is ours.
+    let count = ask("cuDeviceGetCount", |n| unsafe { sys::cuDeviceGetCount(n) })?;
+    if count < 1 {
+        return Err("the NVIDIA driver finds no GPU".into());
+    }
+    Ok(count as usize)
+}
+
+/// A GPU.
+pub struct Gpu(Arc<Context>);
+
+/// What recordings keep alive.
+struct Context {
+    ordinal: usize,
+    device: sys::CUdevice,
+    context: sys::CUcontext,
+    /// All work runs here, in order.
+    stream: sys::CUstream,
+    /// Launches that are recorded go here, where they do not run.
+    recorder: sys::CUstream,
+    /// Which thread records.
+    recording: Mutex<Option<ThreadId>>,
+    modules: Vec<sys::CUmodule>,
+    limits: Limits,
+    staging: Mutex<Option<Staging>>,
+}
+
+// SAFETY: the driver's handles may be used from any thread whose current context is theirs (`enter`).
+unsafe impl Send for Context {}
+// SAFETY: as above; the library does its own locking, and what we change stands behind mutexes.
+unsafe impl Sync for Context {}
+
+impl Gpu {
+    /// Opens the GPU of this number and loads the kernels.
+    ///
+    /// # Errors
+    /// [`Error::Device`] with the reason.
+    pub fn open(ordinal: usize) -> Result<Self> {
+        let named = |problem| Error::Device { device: format!("cuda:{ordinal}"), problem };
+        let count = count().map_err(named)?;
+        if ordinal >= count {
+            return Err(named(format!("there is no such GPU; they are numbered 0 to {}", count - 1)));
+        }
+        if MODULES.is_empty() {
+            return Err(named("this build has no kernels for GPUs: build it where nvcc is".into()));
+        }
+        Context::open(ordinal).map(|context| Gpu(Arc::new(context))).map_err(named)
+    }
+}
+
+impl Context {
+    fn open(ordinal: usize) -> Result<Self, String> {
+        // SAFETY: the library is initialised (`count`), the number is below the count; so for all calls here.
+        let device = ask("cuDeviceGet", |d| unsafe { sys::cuDeviceGet(d, ordinal as i32) })?;
+        let attribute = |a: Attribute| {
+            // SAFETY: as above.
+            let value = ask("cuDeviceGetAttribute", |v| unsafe { sys::cuDeviceGetAttribute(v, a, device) });
+            value.map(|value| value.max(0) as u32)
+        };
+        let limits = Limits {
+            multiprocessors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
+            shared_per_block: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
+            capability: (
+                attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+                attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+            ),
+        };
+        if limits.capability < (8, 0) {
+            let (major, minor) = limits.capability;
+            return Err(format!("its compute capability is {major}.{minor}; the kernels need 8.0 (Ampere)"));
+        }
+        // SAFETY: as above. The context is released when this is dropped, also when what follows fails.
+        let context =
+            ask("cuDevicePrimaryCtxRetain", |c| unsafe { sys::cuDevicePrimaryCtxRetain(c, device) })?;
+        let mut this = Context {
+            ordinal,
+            device,
+            context,
+            stream: ptr::null_mut(),
+            recorder: ptr::null_mut(),
+            recording: Mutex::new(None),
+            modules: Vec::new(),
+            limits,
+            staging: Mutex::new(None),
+        };
+        this.enter()?;
+        for stream in [&mut this.stream, &mut this.recorder] {
+            const NON_BLOCKING: u32 = 1;
+            // SAFETY: the context is current.
+            *stream = ask("cuStreamCreate", |s| unsafe { sys::cuStreamCreate(s, NON_BLOCKING) })?;
+        }
+        for module in MODULES {
+            // The library reads the image as words; nothing promises that it is aligned where it is embedded.
+            let mut aligned = vec![0u64; module.image.len().div_ceil(8)];
+            bytemuck::cast_slice_mut(&mut aligned)[..module.image.len()].copy_from_slice(module.image);
+            // SAFETY: the context is current, and the image is a whole fat binary, which tells its own length.
+            let loaded =
+                ask("cuModuleLoadData", |m| unsafe { sys::cuModuleLoadData(m, aligned.as_ptr().cast()) });
+            this.modules.push(loaded.map_err(|problem| {
+                format!(
+                    "the kernels of {} cannot be loaded: {problem}; they were made by {COMPILER}, the driver has \
+                     CUDA {}: update the driver, or build with an nvcc no newer than it",
+                    module.name,
+                    version()
+                )
+            })?);
+        }
+        Ok(this)
+    }
+
+    /// Makes this GPU's context the calling thread's own, as every call needs it.
+    fn enter(&self) -> Result<(), String> {
+        // SAFETY: the context is retained as long as `self` lives.
+        check("cuCtxSetCurrent", unsafe { sys::cuCtxSetCurrent(self.context) })
+    }
+
+    fn recording_thread(&self) -> Option<ThreadId> {
+        *self.recording.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn synchronize(&self) -> Result<(), String> {
+        // SAFETY: the stream is ours and lives.
+        check("cuStreamSynchronize", unsafe { sys::cuStreamSynchronize(self.stream) })
+    }
+
+    /// The error with the GPU's name.
+    fn named<T>(&self, result: Result<T, String>) -> Result<T> {
+        result.map_err(|problem| Error::Device { device: format!("cuda:{}", self.ordinal), problem })
+    }
+
+    fn record(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<sys::CUgraphExec> {
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: the context is current (the caller entered), the stream is ours, and no capture is under way.
+        let begun =
+            check("cuStreamBeginCapture", unsafe { sys::cuStreamBeginCapture_v2(self.recorder, mode) });
+        self.named(begun)?;
+        let done = work();
+        // SAFETY: the capture began on this stream and thread. A graph comes back only if all went well.
+        let graph = ask("cuStreamEndCapture", |g| unsafe { sys::cuStreamEndCapture(self.recorder, g) });
+        done?;
+        let graph = self.named(graph)?;
+        let exec = ask("cuGraphInstantiate", |e| {
+            // SAFETY: the graph came from the capture, whole.
+            unsafe { sys::cuGraphInstantiateWithFlags(e, graph, 0) }
+        });
+        // SAFETY: the graph is ours, and what was instantiated does not need it.
+        let destroyed = check("cuGraphDestroy", unsafe { sys::cuGraphDestroy(graph) });
+        self.named(exec.and_then(|exec| destroyed.map(|()| exec)))
+    }
+}
+
+/// The CUDA version of the driver, as 12.4.
+fn version() -> String {
+    // SAFETY: the library is loaded; the number is ours.
+    let version = ask("cuDriverGetVersion", |v| unsafe { sys::cuDriverGetVersion(v) }).unwrap_or(0);
+    format!("{}.{}", version / 1000, version % 1000 / 10)
+}
+
+impl Drop for Context {
+    fn drop(&mut self) {
+        // Nothing can be done about an error here: the process goes on without this GPU.
+        let _ = self.enter();
+        if !self.stream.is_null() {
+            let _ = self.synchronize();
+        }
+        *self.staging.get_mut().unwrap_or_else(PoisonError::into_inner) = None;
+        for &module in &self.modules {
+            // SAFETY: loaded by `open`; all work is done, and no kernel of it can be launched any more.
+            let _ = unsafe { sys::cuModuleUnload(module) };
+        }
+        for stream in [self.stream, self.recorder].into_iter().filter(|stream| !stream.is_null()) {
+            // SAFETY: made by `open`, and nobody else has it.
+            let _ = unsafe { sys::cuStreamDestroy_v2(stream) };
+        }
+        // SAFETY: retained once by `open`.
+        let _ = unsafe { sys::cuDevicePrimaryCtxRelease_v2(self.device) };
+    }
+}
+
+impl Driver for Gpu {
+    fn name(&self) -> String {
+        format!("cuda:{}", self.0.ordinal)
+    }
+
+    fn describe(&self) -> String {
+        let mut name = [0u8; 256];
+        // SAFETY: the array is as long as it is said to be; what is written ends with a zero byte.
+        let told =
+            unsafe { sys::cuDeviceGetName(name.as_mut_ptr().cast(), name.len() as i32, self.0.device) };
+        let name = CStr::from_bytes_until_nul(&name).ok().filter(|_| told == CUresult::CUDA_SUCCESS);
+        let name = name.map_or("GPU".into(), |name| name.to_string_lossy());
+        let Limits { multiprocessors, capability: (major, minor), .. } = self.0.limits;
+        format!(
+            "{name}, compute capability {major}.{minor}, {multiprocessors} multiprocessors, driver of CUDA {}",
+            version()
+        )
+    }
+
+    fn limits(&self) -> Limits {
+        self.0.limits
+    }
+
+    fn memory(&self) -> Result<(u64, u64)> {
+        let this = &self.0;
+        let (mut free, mut total) = (0usize, 0usize);
+        // SAFETY: the context is current; both numbers are ours.
+        let asked = this
+            .enter()
+            .and_then(|()| check("cuMemGetInfo", unsafe { sys::cuMemGetInfo_v2(&mut free, &mut total) }));
+        this.named(asked.map(|()| (free as u64, total as u64)))
+    }
+
+    fn alloc(&self, _: &str, bytes: usize) -> Result<Option<usize>> {
+        let this = &self.0;
+        this.named(this.enter())?;
+        let mut addr = 0;
+        // SAFETY: the context is current; the address is ours. The library aligns to 256 at least.
+        match unsafe { sys::cuMemAlloc_v2(&mut addr, bytes) } {
+            CUresult::CUDA_ERROR_OUT_OF_MEMORY => Ok(None),
+            code => this.named(check("cuMemAlloc", code).map(|()| Some(addr as usize))),
+        }
+    }
+
+    unsafe fn free(&self, addr: usize) {
+        // An error of earlier work may show here; the next call tells it too.
+        let _ = self.0.enter();
+        // SAFETY: the caller's obligation. The library waits for work that uses the memory.
+        let _ = unsafe { sys::cuMemFree_v2(addr as u64) };
+    }
+
+    unsafe fn upload(&self, to: usize, bytes: &[u8]) -> Result<()> {
+        let this = &self.0;
+        // SAFETY: the caller's obligation. From memory that is not pinned the library takes the bytes before it
+        // returns (CUDA driver API, "API synchronization behavior").
+        this.named(this.enter().and_then(|()| {
+            check("cuMemcpyHtoDAsync", unsafe {
+                sys::cuMemcpyHtoDAsync_v2(to as u64, bytes.as_ptr().cast(), bytes.len(), this.stream)
+            })
+        }))
+    }
+
+    unsafe fn upload_rows(
+        &self,
+        to: usize,
+        rows: usize,
+        row_bytes: usize,
+        fill: &mut dyn FnMut(usize, &mut [u8]) -> Result<()>,
+    ) -> Result<()> {
+        let this = &self.0;
+        this.named(this.enter())?;
+        let mut staging = this.staging.lock().unwrap_or_else(PoisonError::into_inner);
+        let staging = match &mut *staging {
+            Some(staging) => staging,
+            // SAFETY: the context is current, and the staging is dropped before it.
+            none => none.insert(this.named(unsafe { Staging::new() })?),
+        };
+        let mut row = 0;
+        while row < rows {
+            let buffer = this.named(staging.next(row_bytes))?;
+            let count = (buffer.len() / row_bytes).min(rows - row);
+            let bytes = &mut buffer[..count * row_bytes];
+            for (i, bytes) in bytes.chunks_exact_mut(row_bytes).enumerate() {
+                fill(row + i, bytes)?;
+            }
+            // SAFETY: the rows lie in the caller's range; the context is current and the stream lives.
+            this.named(unsafe { staging.send(to + row * row_bytes, count * row_bytes, this.stream) })?;
+            row += count;
+        }
+        Ok(())
+    }
+
+    unsafe fn download(&self, from: usize, bytes: &mut [u8]) -> Result<()> {
+        let this = &self.0;
+        // SAFETY: the caller's obligation; the bytes are not looked at before the stream is done.
+        this.named(this.enter().and_then(|()| {
+            check("cuMemcpyDtoHAsync", unsafe {
+                sys::cuMemcpyDtoHAsync_v2(bytes.as_mut_ptr().cast(), from as u64, bytes.len(), this.stream)
+            })?;
+            this.synchronize()
+        }))
+    }
+
+    unsafe fn copy(&self, from: usize, to: usize, bytes: usize) -> Result<()> {
+        let this = &self.0;
+        // SAFETY: the caller's obligation.
+        this.named(this.enter().and_then(|()| {
+            check("cuMemcpyDtoDAsync", unsafe {
+                sys::cuMemcpyDtoDAsync_v2(to as u64, from as u64, bytes, this.stream)
+            })
+        }))
+    }
+
+    unsafe fn fill(&self, to: usize, byte: u8, bytes: usize) -> Result<()> {
+        let this = &self.0;
+        // SAFETY: the caller's obligation.
+        this.named(this.enter().and_then(|()| {
+            check("cuMemsetD8Async", unsafe { sys::cuMemsetD8Async(to as u64, byte, bytes, this.stream) })
+        }))
+    }
+
+    fn checks_reads(&self) -> bool {
+        false
+    }
+
+    unsafe fn forget(&self, _: usize, _: usize) -> Result<()> {
+        Ok(())
+    }
+
+    fn kernel(&self, name: &str) -> Result<Kernel> {
+        let this = &self.0;
+        this.named(this.enter())?;
+        let missing = || Err(format!("there is no kernel {name} in this build"));
+        let c_name = CString::new(name).unwrap_or_default();
+        let found = this.modules.iter().find_map(|&module| {
+            let mut function = ptr::null_mut();
+            // SAFETY: the module is loaded, the name ends with a zero byte, the handle is ours.
+            let code = unsafe { sys::cuModuleGetFunction(&mut function, module, c_name.as_ptr()) };
+            (code != CUresult::CUDA_ERROR_NOT_FOUND)
+                .then(|| check("cuModuleGetFunction", code).map(|()| function))
+        });
+        let function = this.named(found.unwrap_or_else(missing))?;
+        // All shared memory is dynamic; without this a launch may ask for no more than 48 KiB.
+        let most = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        let shared = this.limits.shared_per_block as i32;
+        // SAFETY: the function is one of a loaded module.
+        let set = unsafe { sys::cuFuncSetAttribute(function, most, shared) };
+        this.named(check("cuFuncSetAttribute", set))?;
+        Ok(Kernel(function as usize))
+    }
+
+    unsafe fn launch(&self, kernel: Kernel, shape: Shape, args: &[u8]) -> Result<()> {
+        let this = &self.0;
+        this.named(this.enter())?;
+        let recorded = this.recording_thread() == Some(std::thread::current().id());
+        let stream = if recorded { this.recorder } else { this.stream };
+        let Shape { grid: [x, y, z], block, shared } = shape;
+        let mut params = [args.as_ptr() as *mut c_void];
+        // SAFETY: `kernel` is a function that `kernel()` gave; it has one parameter, whose bytes the library
+        // copies before it returns; what they point to is the caller's obligation.
+        let code = unsafe {
+            let (function, params) = (kernel.0 as sys::CUfunction, params.as_mut_ptr());
+            sys::cuLaunchKernel(function, x, y, z, block, 1, 1, shared, stream, params, ptr::null_mut())
+        };
+        this.named(check("cuLaunchKernel", code))
+    }
+
+    fn synchronize(&self) -> Result<()> {
+        self.0.named(self.0.enter().and_then(|()| self.0.synchronize()))
+    }
+
+    fn record(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Box<dyn Recording>> {
+        let this = &self.0;
+        this.named(this.enter())?;
+        let me = Some(std::thread::current().id());
+        {
+            let mut recording = this.recording.lock().unwrap_or_else(PoisonError::into_inner);
+            if recording.is_some() {
+                return this.named(Err("two threads record at once".into()));
+            }
+            *recording = me;
+        }
+        let exec = this.record(work);
+        *this.recording.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        Ok(Box::new(Graph { context: this.clone(), exec: exec? }))
+    }
+}
+
+/// A CUDA graph, ready to run.
+struct Graph {
+    context: Arc<Context>,
+    exec: sys::CUgraphExec,
+}
+
+// SAFETY: the handle may be used from any thread, by one at a time: launches of one graph go to one stream.
+unsafe impl Send for Graph {}
+// SAFETY: as above; the library does its own locking.
+unsafe impl Sync for Graph {}
+
+impl Recording for Graph {
+    unsafe fn replay(&self) -> Result<()> {
+        let context = &self.context;
+        // SAFETY: the graph and the stream live; memory is the caller's obligation.
+        context.named(
+            context.enter().and_then(|()| {
+                check("cuGraphLaunch", unsafe { sys::cuGraphLaunch(self.exec, context.stream) })
+            }),
+        )
+    }
+}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        let _ = self.context.enter().and_then(|()| self.context.synchronize());
+        // SAFETY: the graph is ours, and no launch of it is under way.
+        let _ = unsafe { sys::cuGraphExecDestroy(self.exec) };
+    }
+}

@@ -1,0 +1,198 @@
+//! CUDA devices: a GPU, or the emulated device that runs the same kernels anywhere. Activations are bf16 or
+//! f16, sums f32.
+//!
+//! The rooms are those of `backend/cpu` and of `kernels/`: each family of ops has one file of kernels, and
+//! beside it here one of launch functions, which check operands and fill argument structs. Below them stand
+//! [`device`] (kernels by name) and a [`driver`] (memory and a queue of work).
+//!
+//! An op's rows may be of two phases ([`Call::decode`]): Linear, GatedLinear and PagedAttention have a family of
+//! kernels for each. A row's bits are the same in any batch, chunk and pages, but differ between the phases, and
+//! between architectures.
+
+pub mod device;
+pub mod driver;
+mod embed;
+#[cfg(feature = "emu")]
+pub mod emu;
+pub mod gpu;
+mod matvec;
+mod norm;
+mod rope;
+mod sample;
+mod staging;
+mod weights;
+
+use super::{Backend, Buffer, Call, Prepared};
+use crate::error::{Error, Result};
+use crate::op::{Op, WeightType};
+use crate::tensor::{DType, View, Weight};
+use device::Device;
+use driver::Driver;
+use std::ops::Range;
+use std::sync::Arc;
+use weights::Tied;
+
+/// A CUDA device that computes in one 16-bit dtype.
+pub struct CudaBackend {
+    device: Device,
+    tied: Tied,
+    check_launches: bool,
+}
+
+impl CudaBackend {
+    /// A backend over a driver, in bf16 or f16.
+    ///
+    /// # Errors
+    /// [`Error::Option`] for another dtype; what the driver says.
+    pub fn new(driver: Arc<dyn Driver>, dtype: DType) -> Result<Self> {
+        Ok(CudaBackend { device: Device::new(driver, dtype)?, tied: Tied::default(), check_launches: false })
+    }
+
+    /// Waits for every op before the next begins, so that an error is told of the op that made it.
+    pub fn check_launches(self, yes: bool) -> Self {
+        CudaBackend { check_launches: yes, ..self }
+    }
+
+    /// The device.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// On a device that checks reads, what the op is about to write holds nothing any more.
+    ///
+    /// # Safety
+    /// As for [`Backend::run`].
+    unsafe fn forget(&self, call: &Call<'_>) -> Result<()> {
+        let driver = self.device.driver();
+        let types: Vec<_> = call.weights.iter().map(|weight| weight.ty).collect();
+        let workspace = self.workspace(call.op, call.ins, &types, call.outs);
+        // SAFETY: the workspace is as large as `workspace` said, and belongs to this op alone.
+        unsafe { driver.forget(call.workspace, workspace)? };
+        for out in call.outs {
+            // The residual of a Linear may be its result.
+            if call.ins.iter().all(|operand| operand.addr != out.addr) {
+                // SAFETY: a result belongs to this op alone.
+                unsafe { driver.forget(out.addr, out.bytes())? };
+            }
+        }
+        Ok(())
+    }
+
+    /// One arm for each op: it hands the call to the op's room.
+    ///
+    /// # Safety
+    /// As for [`Backend::run`].
+    unsafe fn dispatch(&self, call: &Call<'_>) -> Result<()> {
+        let device = &self.device;
+        // SAFETY: for every arm, the caller's obligations are those of the launch functions.
+        unsafe {
+            match call.op {
+                Op::PatchEmbed { .. } => self.missing(call),
+                Op::LayerNorm { .. } => norm::layer_norm(device, call),
+                Op::RmsNorm { .. } => norm::rms_norm(device, call),
+                Op::AddRmsNorm { .. } => norm::add_rms_norm(device, call),
+                Op::L2Normalize => norm::l2_normalize(device, call),
+                Op::Linear { .. } => by_phase(device, call, matvec::linear, missing_rows),
+                Op::GatedLinear { .. } => by_phase(device, call, matvec::gated_linear, missing_rows),
+                Op::Attention { .. } => self.missing(call),
+                Op::RopeAppend { .. } => rope::rope_append(device, call),
+                Op::PagedAttention { .. } => by_phase(device, call, missing_rows, missing_rows),
+                Op::EmbedRows => embed::embed_rows(device, call),
+                Op::SelectRows { .. } => embed::select_rows(device, call),
+                Op::Sample => sample::sample(device, call),
+            }
+        }
+    }
+
+    fn missing(&self, call: &Call<'_>) -> Result<()> {
+        missing_rows(&self.device, call, 0..0)
+    }
+}
+
+fn missing_rows(device: &Device, call: &Call<'_>, _: Range<usize>) -> Result<()> {
+    let problem = format!("the kernels of {} are not written yet", call.op.name());
+    Err(Error::Device { device: device.driver().name(), problem })
+}
+
+/// A launch function for some of a call's rows.
+type Rows = unsafe fn(&Device, &Call<'_>, Range<usize>) -> Result<()>;
+
+/// Runs the leading decode rows with one family of kernels, and the others with the other.
+///
+/// # Safety
+/// As for both functions.
+unsafe fn by_phase(device: &Device, call: &Call<'_>, decode: Rows, prefill: Rows) -> Result<()> {
+    let rows = call.ins[0].rows;
+    if call.decode > 0 {
+        // SAFETY: the caller's obligation.
+        unsafe { decode(device, call, 0..call.decode)? };
+    }
+    if call.decode < rows {
+        // SAFETY: the caller's obligation.
+        unsafe { prefill(device, call, call.decode..rows)? };
+    }
+    Ok(())
+}
+
+impl Backend for CudaBackend {
+    fn describe(&self) -> String {
+        let driver = self.device.driver();
+        format!("{} ({}, {})", driver.name(), driver.describe(), self.device.dtype())
+    }
+
+    fn dtype(&self) -> DType {
+        self.device.dtype()
+    }
+
+    fn alloc(&self, what: &str, bytes: usize) -> Result<Buffer> {
+        self.device.alloc(what, bytes)
+    }
+
+    fn prepare(&self, op: &Op, weights: &[Weight]) -> Result<Vec<Prepared>> {
+        weights::prepare(&self.device, &self.tied, op, weights)
+    }
+
+    fn workspace(&self, op: &Op, _ins: &[View], _weights: &[WeightType], _outs: &[View]) -> usize {
+        match op {
+            Op::PatchEmbed { .. }
+            | Op::LayerNorm { .. }
+            | Op::RmsNorm { .. }
+            | Op::AddRmsNorm { .. }
+            | Op::L2Normalize
+            | Op::Linear { .. }
+            | Op::GatedLinear { .. }
+            | Op::Attention { .. }
+            | Op::RopeAppend { .. }
+            | Op::PagedAttention { .. }
+            | Op::EmbedRows
+            | Op::SelectRows { .. }
+            | Op::Sample => 0,
+        }
+    }
+
+    unsafe fn run(&self, call: &Call<'_>) -> Result<()> {
+        let driver = self.device.driver();
+        if driver.checks_reads() {
+            // SAFETY: the caller's obligation.
+            unsafe { self.forget(call)? };
+        }
+        // SAFETY: the caller's obligation.
+        unsafe { self.dispatch(call)? };
+        if self.check_launches { driver.synchronize() } else { Ok(()) }
+    }
+
+    unsafe fn upload(&self, addr: usize, bytes: &[u8]) -> Result<()> {
+        // SAFETY: the caller's obligation.
+        unsafe { self.device.driver().upload(addr, bytes) }
+    }
+
+    unsafe fn download(&self, addr: usize, bytes: &mut [u8]) -> Result<()> {
+        // SAFETY: the caller's obligation.
+        unsafe { self.device.driver().download(addr, bytes) }
+    }
+
+    unsafe fn copy(&self, from: usize, to: usize, bytes: usize) -> Result<()> {
+        // SAFETY: the caller's obligation.
+        unsafe { self.device.driver().copy(from, to, bytes) }
+    }
+}

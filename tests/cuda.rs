@@ -1,0 +1,149 @@
+//! The op case table on CUDA devices: the emulated one (feature `emu`), which also finds races, reads of what
+//! was never written and accesses outside a buffer, and a GPU where there is one. Results are held to the oracle
+//! in f64, to the same bits in any company of rows, and to the same bits under any order of execution.
+//!
+//! One family of ops: `cargo test --features emu --test cuda -- linear`.
+
+mod cases;
+mod oracle;
+
+use cases::bounds::headroom;
+use cases::{Case, Results};
+use oracle::Oracle;
+use std::sync::Arc;
+use tessera::backend::Backend;
+use tessera::backend::cuda::driver::Driver;
+use tessera::backend::cuda::{CudaBackend, gpu};
+use tessera::op::Op;
+use tessera::tensor::{DType, Rows};
+
+/// A device that the table runs on.
+struct Tested {
+    backend: Arc<dyn Backend>,
+    /// Draws another order of execution, where that can be done.
+    reseed: Box<dyn Fn(u64)>,
+}
+
+/// Every device of this machine, in both dtypes. Without any, the tests say so.
+fn devices() -> Vec<Tested> {
+    let mut devices = Vec::new();
+    for dtype in [DType::BF16, DType::F16] {
+        #[cfg(feature = "emu")]
+        {
+            use tessera::backend::cuda::emu::Emulator;
+            let emulator = Emulator::new(1, Emulator::LIMITS).unwrap();
+            let driver = emulator.clone();
+            devices.push(Tested {
+                backend: backend(Arc::new(driver), dtype),
+                reseed: Box::new(move |seed| emulator.reseed(seed)),
+            });
+        }
+        match gpu::Gpu::open(0) {
+            Ok(gpu) => {
+                devices.push(Tested { backend: backend(Arc::new(gpu), dtype), reseed: Box::new(|_| {}) })
+            }
+            Err(reason) => println!("not on a GPU: {reason}"),
+        }
+    }
+    if devices.is_empty() {
+        println!("skipped: no GPU, and this build is without the feature `emu`");
+    }
+    devices
+}
+
+fn backend(driver: Arc<dyn Driver>, dtype: DType) -> Arc<dyn Backend> {
+    Arc::new(CudaBackend::new(driver, dtype).unwrap().check_launches(true))
+}
+
+/// The cases of an op, with its rows in both phases where kernels differ.
+fn cases_of(name: &str) -> Vec<Case> {
+    let table = cases::all().into_iter().chain(cases::edges());
+    table.filter(|case| case.op.name() == name).flat_map(in_phases).collect()
+}
+
+fn in_phases(case: Case) -> Vec<Case> {
+    let phases = matches!(case.op, Op::Linear { .. } | Op::GatedLinear { .. } | Op::PagedAttention { .. });
+    let rows = case.bindings.tokens;
+    let mut decodes = vec![0];
+    if phases && rows <= 65 {
+        decodes.extend([rows, rows / 2].into_iter().filter(|&decode| decode > 0));
+        decodes.dedup();
+    }
+    let with = |decode| {
+        let mut case = case.clone();
+        (case.bindings.decode, case.bindings.decode_outputs) = (decode, decode);
+        case
+    };
+    decodes.into_iter().map(with).collect()
+}
+
+/// All that is asked of an op.
+fn check(name: &str) {
+    let cases = cases_of(name);
+    assert!(!cases.is_empty(), "no case of {name}");
+    for Tested { backend, reseed } in devices() {
+        let mut worst: f64 = 0.0;
+        for case in &cases {
+            for seed in 0..3 {
+                reseed(seed);
+                let data = case.data(seed, backend.dtype());
+                let exact = case.run(Arc::new(Oracle), &data);
+                let ours = case.run(backend.clone(), &data);
+                worst = worst.max(headroom(case, backend.dtype(), &ours, &exact));
+                if seed == 0 {
+                    reseed(77);
+                    assert_eq!(case.run(backend.clone(), &data), ours, "{case}: another order of execution");
+                    rows_alone(case, &backend, &ours);
+                }
+            }
+        }
+        let device = backend.describe();
+        println!("{name}: {} cases on {device}, {:.0} % of the bound at worst", cases.len(), 100.0 * worst);
+    }
+}
+
+/// A row alone has the bits it has among others of its phase.
+fn rows_alone(case: &Case, backend: &Arc<dyn Backend>, whole: &Results) {
+    let per_row = case.ins.iter().all(|ty| matches!(ty.rows, Rows::Tokens));
+    if !per_row || case.op == Op::EmbedRows || case.bindings.tokens < 2 {
+        return;
+    }
+    let tokens = case.bindings.tokens;
+    for row in [0, tokens / 2, tokens - 1] {
+        let mut one = case.clone();
+        one.bindings.tokens = 1;
+        one.bindings.decode = (row < case.bindings.decode) as usize;
+        let mut data = case.data(0, backend.dtype());
+        for (words, ty) in data.ins.iter_mut().zip(&case.ins) {
+            *words = words[row * ty.cols..(row + 1) * ty.cols].to_vec();
+        }
+        for (alone, all) in one.run(backend.clone(), &data).iter().zip(whole) {
+            assert_eq!(alone[..], all[row * alone.len()..(row + 1) * alone.len()], "{case}: row {row} alone");
+        }
+    }
+}
+
+macro_rules! ops {
+    ($($test:ident $op:literal;)*) => { $(
+        #[test]
+        fn $test() {
+            check($op);
+        }
+    )* };
+}
+
+ops! {
+    patch_embed "PatchEmbed";
+    layer_norm "LayerNorm";
+    rms_norm "RmsNorm";
+    add_rms_norm "AddRmsNorm";
+    linear "Linear";
+    gated_linear "GatedLinear";
+    attention "Attention";
+    rope_append "RopeAppend";
+    paged_attention "PagedAttention";
+    embed_rows "EmbedRows";
+    select_rows "SelectRows";
+    sample "Sample";
+    l2_normalize "L2Normalize";
+}

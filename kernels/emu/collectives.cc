@@ -20,9 +20,8 @@ const char* name_of(Collective c) {
 }
 
 [[noreturn]] __attribute__((noinline, cold)) void diverged(const Warp& warp, Collective at, const Site* site) {
-    fault("is at %s%s%s while other lanes of its warp are at %s%s%s:%s", name_of(at), site ? ", " : "", site ? site->name.c_str() : "",
-          name_of(warp.at), warp.site ? ", " : "", warp.site ? warp.site->name.c_str() : "",
-          standing(*warp.block).c_str());
+    fault_of_many("is at %s%s%s while other lanes of its warp are at %s%s%s", name_of(at), site ? ", " : "", site ? site->name.c_str() : "",
+          name_of(warp.at), warp.site ? ", " : "", warp.site ? warp.site->name.c_str() : "");
 }
 
 // All lanes of a warp come together; `work` is done by the last, and says whether the warp then goes on.
@@ -37,7 +36,7 @@ template <class Work> __attribute__((always_inline)) inline void meet(Collective
     if (warp.started < LANES) {
         next = &warp.lanes[(warp.first + warp.started++ * warp.stride) % LANES];
     } else {
-        if (warp.arrived < LANES) fault("is at %s, for which lanes of its warp that have ended are missing:%s", name_of(at), standing(*warp.block).c_str());
+        if (warp.arrived < LANES) fault_of_many("is at %s, for which lanes of its warp that have ended are missing", name_of(at));
         launch.steps_left -= LANES;
         warp.arrived = 0;
         warp.turn ^= 1;
@@ -64,12 +63,8 @@ const Site* enter(const char* file, int line, const char* kind) {
 }
 
 void land(Copy& copy) {
-    if (copy.from) {
-        read_global(copy.from, 16);
-        memcpy(copy.to, copy.from, 16);
-    } else {
-        memset(copy.to, 0, 16);
-    }
+    if (copy.from) memcpy(copy.to, copy.from, 16);
+    else memset(copy.to, 0, 16);
     copy.landed = true;
 }
 
@@ -83,11 +78,11 @@ void sync_block(const char* file, int line) {
     meet(Collective::BLOCK_BARRIER, s, [&](Warp& warp) {
         Block& block = *warp.block;
         if (block.waiting && block.barrier != s)
-            fault("is at %s while other warps are at %s", s->name.c_str(), block.barrier->name.c_str());
+            fault_of_many("is at %s while other warps are at %s", s->name.c_str(), block.barrier->name.c_str());
         block.barrier = s;
         block.waiting++;
         warp.ready = false;
-        if (block.exited) fault("is at %s, for which threads of its block that have ended are missing:%s", s->name.c_str(), standing(block).c_str());
+        if (block.exited) fault_of_many("is at %s, for which threads of its block that have ended are missing", s->name.c_str());
         return false;
     });
 }
@@ -171,14 +166,19 @@ void store_128(void* global, Bits128 x) {
     memcpy(global, &x, 16);
 }
 
-// A copy lands at a random one of: its issue, any later issue of this thread, the wait that covers it. Its source
-// is read then, and its destination can be read by nobody until the wait.
+// A copy lands at a random one of: its issue, any later issue of this thread, the wait that covers it. Nobody may
+// touch its destination until the wait, nor change its source.
 void copy16_async(void* shared, const void* global, bool valid) {
     Lane& me = *here;
     check_alignment(shared, 16);
     check_alignment(global, 16);
     begin_copy(shared);
-    me.copies.push_back({(unsigned char*)shared, valid ? global : nullptr, me.groups, false});
+    Copy issued{(unsigned char*)shared, valid ? global : nullptr, me.groups, false, {}};
+    if (valid) {
+        read_global(global, 16);
+        memcpy(issued.issued, global, 16);
+    }
+    me.copies.push_back(issued);
     Random& random = me.block->launch->random;
     uint64_t draw = random();
     if (draw >> 62 == 0) {
@@ -196,6 +196,7 @@ void wait_copies(int pending, const char* file, int line) {
     for (Copy& copy : me.copies) {
         if (copy.group + (uint32_t)pending < me.groups) {
             if (!copy.landed) land(copy);
+            if (copy.from && memcmp(copy.from, copy.issued, 16)) fault("waits for an asynchronous copy whose source has changed since its issue");
             end_copy(copy.to);
         } else {
             me.copies[kept++] = copy;

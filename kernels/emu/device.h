@@ -18,8 +18,9 @@ constexpr int LANES = 32;
 // A lane's stack; the hooks tell by it which accesses are to a thread's own variables.
 constexpr size_t STACK = (size_t)64 << 10;
 // Accesses and arrivals in the time of one block. The longest block of a real model (a 128x128 tile of Linear,
-// K = 13824) takes some five million; 268 million take seconds.
-constexpr int64_t STEPS = (int64_t)1 << 28;
+// K = 13824) takes some five million; 67 million take half a second.
+constexpr int64_t STEPS = (int64_t)1 << 26;
+constexpr uint32_t MAX_SHARED = 227 << 10;  // bytes of a block, on any device
 constexpr unsigned char POISON = 0xff;
 
 // Who last touched a cell: a thread's index in its block, and flags.
@@ -72,6 +73,7 @@ struct Copy {
     const void* from;  // null: zeroes
     uint32_t group;
     bool landed;
+    uint64_t issued[2];  // what the source held at the issue
 };
 
 struct Warp;
@@ -149,6 +151,13 @@ struct Launch {
     const Site* off;
 };
 
+// The stacks and blocks that a device's launches use in turn.
+struct Room {
+    std::vector<char*> stacks;
+    std::vector<std::unique_ptr<Block>> blocks;
+    ~Room();
+};
+
 struct Device {
     Random random;
     Time now = 1;
@@ -161,6 +170,7 @@ struct Device {
     unsigned char* space = nullptr;
     size_t slots = 0, next_slot = 0;
     std::vector<Memory*> table;
+    Room room;
     Memory* find(const void* at) const;
 };
 
@@ -195,8 +205,8 @@ bool is_constant(const void* at, size_t n);
 
 // Ends the launch with a text that begins with kernel, block and thread.
 [[noreturn]] __attribute__((format(printf, 1, 2))) void fault(const char* format, ...);
-// Where the threads of a block stand, for the text of a fault.
-std::string standing(const Block& block);
+// The same, of threads that do not come together: the text tells where each of the block stands.
+[[noreturn]] __attribute__((format(printf, 1, 2))) void fault_of_many(const char* format, ...);
 // A new time that belongs to a block.
 Time tick(Block& block);
 // Other warps may run now.

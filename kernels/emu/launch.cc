@@ -15,26 +15,11 @@ namespace {
 
 constexpr size_t GUARD = (size_t)16 << 10;  // no memory there: a stack that overflows ends the process
 constexpr uint32_t RESIDENT = 3;            // blocks at most at one time
-constexpr uint32_t MAX_SHARED = 227 << 10;
 
 Kernel*& first_kernel() {
     static Kernel* first;
     return first;
 }
-
-// The stacks and blocks of one OS thread, kept from launch to launch.
-struct Room {
-    std::vector<char*> stacks;
-    std::vector<std::unique_ptr<Block>> blocks;
-    ~Room() {
-        for (char* stack : stacks) munmap(stack - GUARD, STACK + GUARD);
-        for (auto& block : blocks) {
-            shadow_unmap(block->shared);
-            munmap(block->shared.base, MAX_SHARED);
-        }
-    }
-};
-thread_local Room room;
 
 char* map_stack() {
     char* at = (char*)mmap(nullptr, STACK + GUARD, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -54,10 +39,10 @@ char* map_stack() {
         here = next;
         fiber_switch(&nowhere, next->sp);
     }
-    if (warp.arrived) fault("ends while lanes of its warp wait for it:%s", standing(block).c_str());
+    if (warp.arrived) fault_of_many("ends while lanes of its warp wait for it");
     warp.ready = false;
     block.exited++;
-    if (block.waiting) fault("ends while threads of its block wait at %s:%s", block.barrier->name.c_str(), standing(block).c_str());
+    if (block.waiting) fault_of_many("ends while threads of its block wait at %s", block.barrier->name.c_str());
     fiber_switch(&nowhere, block.launch->scheduler);
     __builtin_unreachable();
 }
@@ -65,8 +50,6 @@ char* map_stack() {
 void lane_main() {
     const Launch& launch = *here->block->launch;
     launch.kernel->enter(launch.args);
-    for (Copy& copy : here->copies)
-        if (!copy.landed && copy.from) read_global(copy.from, 16);
     leave();
 }
 
@@ -76,6 +59,7 @@ Index unflatten(uint64_t i, Index size) {
 
 // Makes room for a block of this launch's size.
 bool furnish(Launch& launch, uint32_t slot) {
+    Room& room = launch.device->room;
     while (room.blocks.size() <= slot) {
         std::unique_ptr<Block> block(new Block{});
         void* at = mmap(nullptr, MAX_SHARED, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -112,9 +96,9 @@ void run(Launch& launch) {
             launch.failed = true;
             return;
         }
-        start_block(*room.blocks[i], todo.back());
+        start_block(*launch.device->room.blocks[i], todo.back());
         todo.pop_back();
-        resident.push_back(room.blocks[i].get());
+        resident.push_back(launch.device->room.blocks[i].get());
     }
     while (!resident.empty()) {
         uint32_t turn = launch.random.below((uint32_t)resident.size());
@@ -140,6 +124,15 @@ void run(Launch& launch) {
 }
 
 }  // namespace
+
+Room::~Room() {
+    for (char* stack : stacks) munmap(stack - GUARD, STACK + GUARD);
+    for (auto& block : blocks) {
+        block->shared.bytes = MAX_SHARED;
+        shadow_unmap(block->shared);
+        munmap(block->shared.base, MAX_SHARED);
+    }
+}
 
 Kernel::Kernel(const char* name, uint32_t threads, size_t args_bytes, void (*enter)(const void*))
     : name(name), threads(threads), args_bytes(args_bytes), enter(enter), next(first_kernel()) {
@@ -219,39 +212,57 @@ void yield() {
     fiber_switch(&me->sp, me->block->launch->scheduler);
 }
 
+namespace {
+
+// Where the threads of a block stand: each place, and who is there.
 std::string standing(const Block& block) {
-    std::string text;
-    auto state = [](const Lane& lane) {
-        std::string at = lane.site ? lane.site->name : "its beginning";
-        return lane.exited ? std::string("ended") : (&lane == here ? "here, past " : "past ") + at;
+    std::map<std::string, std::string> places;
+    auto place = [](const Lane& lane) {
+        return (lane.exited ? "ended, past " : "past ") + (lane.site ? lane.site->name : "its beginning");
     };
-    for (size_t from = 0; from < block.lanes.size() && text.size() < 1500;) {
+    for (size_t from = 0; from < block.lanes.size();) {
         size_t to = from + 1;
-        while (to < block.lanes.size() && state(block.lanes[to]) == state(block.lanes[from])) to++;
-        text += "\n  threads " + std::to_string(from) + " to " + std::to_string(to - 1) + ": " + state(block.lanes[from]);
+        while (to < block.lanes.size() && place(block.lanes[to]) == place(block.lanes[from])) to++;
+        std::string& who = places[place(block.lanes[from])];
+        if (who.size() < 200) who += " " + std::to_string(from) + (to - from > 1 ? "-" + std::to_string(to - 1) : "");
         from = to;
     }
+    std::string text;
+    for (auto& [where, who] : places) text += "\n  " + where + ": threads" + who;
     return text;
 }
 
-void fault(const char* format, ...) {
+// The lane's stack is given up as it is, so nothing on it may own memory when it is left.
+[[noreturn]] void end_launch(const char* format, va_list list, bool with_standing) {
     const Lane& me = *here;
     Launch& launch = *me.block->launch;
-    char what[2000], where[300];
-    va_list list;
-    va_start(list, format);
+    char what[800], where[300];
     vsnprintf(what, sizeof what, format, list);
-    va_end(list);
     const Index &b = me.block->index, &t = me.index;
-    snprintf(where, sizeof where, "%s, block (%u, %u, %u), thread (%u, %u, %u): ", launch.kernel->name, b.x, b.y, b.z, t.x, t.y, t.z);
+    snprintf(where, sizeof where, "%s, block (%u, %u, %u), thread %u: ", launch.kernel->name, b.x, b.y, b.z, t.x);
     std::string& text = launch.device->error;
     text = where;
     text += what;
-    if (me.site) text += "; after " + me.site->name;
+    if (me.site && !with_standing) text += "; after " + me.site->name;
+    if (with_standing) text += standing(*me.block);
     launch.failed = true;
     void* nowhere;
     fiber_switch(&nowhere, launch.scheduler);
     __builtin_unreachable();
+}
+
+}  // namespace
+
+void fault(const char* format, ...) {
+    va_list list;
+    va_start(list, format);
+    end_launch(format, list, false);
+}
+
+void fault_of_many(const char* format, ...) {
+    va_list list;
+    va_start(list, format);
+    end_launch(format, list, true);
 }
 
 }  // namespace emu

@@ -74,13 +74,16 @@ void pass_on_to_block(Block& block) {
 
 // Long before the clock runs over: every stamp becomes old.
 void forget_times(Device* device) {
-    const Memory* last = nullptr;
+    auto forget = [](Memory& m, size_t cells) {
+        std::fill(m.wrote, m.wrote + cells, 0);
+        std::fill(m.read, m.read + cells, 0);
+    };
+    Memory* last = nullptr;
     for (Memory* m : device->table) {
-        if (!m || m == last) continue;
+        if (m && m != last) forget(*m, (m->bytes + 1) / 2);
         last = m;
-        std::fill(m->wrote, m->wrote + (m->bytes + 1) / 2, 0);
-        std::fill(m->read, m->read + (m->bytes + 1) / 2, 0);
     }
+    for (auto& block : device->room.blocks) forget(block->shared, MAX_SHARED / 2);
     device->now = 1;
 }
 

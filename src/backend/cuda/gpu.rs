@@ -349,9 +349,9 @@ impl Driver for Gpu {
 
     unsafe fn upload(&self, to: usize, bytes: &[u8]) -> Result<()> {
         let this = &self.0;
-        // SAFETY: the caller's obligation. From memory that is not pinned the library takes the bytes before it
-        // returns (CUDA driver API, "API synchronization behavior").
         this.named(this.enter().and_then(|()| {
+            // SAFETY: the caller's obligation. From memory that is not pinned the library takes the bytes before it
+            // returns (CUDA driver API, "API synchronization behavior").
             check("cuMemcpyHtoDAsync", unsafe {
                 sys::cuMemcpyHtoDAsync_v2(to as u64, bytes.as_ptr().cast(), bytes.len(), this.stream)
             })
@@ -390,8 +390,8 @@ impl Driver for Gpu {
 
     unsafe fn download(&self, from: usize, bytes: &mut [u8]) -> Result<()> {
         let this = &self.0;
-        // SAFETY: the caller's obligation; the bytes are not looked at before the stream is done.
         this.named(this.enter().and_then(|()| {
+            // SAFETY: the caller's obligation; the bytes are not looked at before the stream is done.
             check("cuMemcpyDtoHAsync", unsafe {
                 sys::cuMemcpyDtoHAsync_v2(bytes.as_mut_ptr().cast(), from as u64, bytes.len(), this.stream)
             })?;
@@ -401,8 +401,8 @@ impl Driver for Gpu {
 
     unsafe fn copy(&self, from: usize, to: usize, bytes: usize) -> Result<()> {
         let this = &self.0;
-        // SAFETY: the caller's obligation.
         this.named(this.enter().and_then(|()| {
+            // SAFETY: the caller's obligation.
             check("cuMemcpyDtoDAsync", unsafe {
                 sys::cuMemcpyDtoDAsync_v2(to as u64, from as u64, bytes, this.stream)
             })
@@ -411,8 +411,8 @@ impl Driver for Gpu {
 
     unsafe fn fill(&self, to: usize, byte: u8, bytes: usize) -> Result<()> {
         let this = &self.0;
-        // SAFETY: the caller's obligation.
         this.named(this.enter().and_then(|()| {
+            // SAFETY: the caller's obligation.
             check("cuMemsetD8Async", unsafe { sys::cuMemsetD8Async(to as u64, byte, bytes, this.stream) })
         }))
     }
@@ -498,12 +498,10 @@ unsafe impl Sync for Graph {}
 impl Recording for Graph {
     unsafe fn replay(&self) -> Result<()> {
         let context = &self.context;
+        context.named(context.enter())?;
         // SAFETY: the graph and the stream live; memory is the caller's obligation.
-        context.named(
-            context.enter().and_then(|()| {
-                check("cuGraphLaunch", unsafe { sys::cuGraphLaunch(self.exec, context.stream) })
-            }),
-        )
+        let code = unsafe { sys::cuGraphLaunch(self.exec, context.stream) };
+        context.named(check("cuGraphLaunch", code))
     }
 }
 

@@ -69,8 +69,8 @@ impl Product<'_> {
             for row in 0..group.rows {
                 for (block, start) in (span..end).step_by(K_BLOCK).enumerate() {
                     let count = K_BLOCK.min(end - start);
-                    // SAFETY: the row has columns `start..start + count`, and so has x.
                     let w = group.row(row, start * size);
+                    // SAFETY: the row has columns `start..start + count`, and so has x.
                     let sums = unsafe { self.advance::<L, F, R>(lanes, (w, ahead), start, count) };
                     for (partials, sum) in partials.iter_mut().zip(sums) {
                         // SAFETY: a line has sixteen elements.

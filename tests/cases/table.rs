@@ -1,0 +1,228 @@
+//! The table itself: ops and shapes.
+
+use super::Case;
+use tessera::op::{Activation, Op, PAGE, SAMPLE_PARAMS, Select};
+use tessera::tensor::{Bindings, DType, Rows, TensorType};
+
+fn f32s(rows: Rows, cols: usize) -> TensorType {
+    TensorType::f32(rows, cols)
+}
+
+fn tokens(tokens: usize) -> Bindings {
+    Bindings { tokens, outputs: tokens, images: 1, ..Bindings::default() }
+}
+
+fn case(op: Op, ins: Vec<TensorType>, weights: Vec<[usize; 2]>, bindings: Bindings) -> Case {
+    Case { op, ins, weights, dtype: DType::F32, bindings, past: 0 }
+}
+
+/// `x · Wᵀ` with `n` output features for each weight.
+pub fn linear(
+    m: usize,
+    ns: &[usize],
+    k: usize,
+    dtype: DType,
+    act: Activation,
+    bias: bool,
+    residual: bool,
+) -> Case {
+    let mut weights: Vec<_> = ns.iter().map(|&n| [n, k]).collect();
+    weights.extend(ns.iter().filter(|_| bias).map(|&n| [1, n]));
+    let mut ins = vec![f32s(Rows::Tokens, k)];
+    ins.extend(residual.then(|| f32s(Rows::Tokens, ns.iter().sum())));
+    Case { dtype, ..case(Op::Linear { act, bias, residual, wide: false }, ins, weights, tokens(m)) }
+}
+
+/// `silu(x · Wgᵀ) ⊙ (x · Wuᵀ)`.
+pub fn gated(m: usize, n: usize, k: usize, dtype: DType, bias: bool) -> Case {
+    let mut weights = vec![[n, k]; 2];
+    weights.extend(vec![[1, n]; if bias { 2 } else { 0 }]);
+    Case { dtype, ..case(Op::GatedLinear { bias }, vec![f32s(Rows::Tokens, k)], weights, tokens(m)) }
+}
+
+/// Attention within `images` images of `rows` rows.
+pub fn attention(images: usize, rows: usize, heads: usize, head_dim: usize, causal: bool) -> Case {
+    let ins = vec![f32s(Rows::PerImage(rows), 3 * heads * head_dim)];
+    let bindings = Bindings { images, ..Bindings::default() };
+    case(Op::Attention { heads, head_dim, rows, causal }, ins, vec![], bindings)
+}
+
+fn paged(past: usize, new: usize) -> Bindings {
+    let entries = (past + new).div_ceil(PAGE);
+    Bindings { pages: entries + 3, table_entries: entries, context: past + new, ..tokens(new) }
+}
+
+/// Causal attention of `new` rows after `past` cached ones.
+pub fn paged_attention(past: usize, new: usize, heads: usize, kv_heads: usize, head_dim: usize) -> Case {
+    let pages = f32s(Rows::Pages, kv_heads * head_dim * PAGE);
+    let index = TensorType::i32(Rows::Tokens, 1);
+    let ins = vec![
+        f32s(Rows::Tokens, heads * head_dim),
+        index,
+        index,
+        TensorType::i32(Rows::TableEntries, 1),
+        pages,
+        pages,
+    ];
+    let op = Op::PagedAttention { heads, kv_heads, head_dim };
+    Case { past, ..case(op, ins, vec![], paged(past, new)) }
+}
+
+/// Rotation and append of `new` rows after `past` cached ones.
+pub fn rope(past: usize, new: usize, heads: usize, kv_heads: usize, head_dim: usize) -> Case {
+    let pages = f32s(Rows::Pages, kv_heads * head_dim * PAGE);
+    let index = TensorType::i32(Rows::Tokens, 1);
+    let qkv = f32s(Rows::Tokens, (heads + 2 * kv_heads) * head_dim);
+    let ins = vec![qkv, index, index, f32s(Rows::Context, head_dim), pages, pages];
+    let op = Op::RopeAppend { heads, kv_heads, head_dim };
+    Case { past, ..case(op, ins, vec![], paged(past, new)) }
+}
+
+/// Cases for devices of tiles and pages: rows just below, on and above a tile, all head sizes, pages full, one
+/// short and one over. N and K are small where they do not matter.
+#[allow(dead_code, reason = "each test program uses a part")]
+pub fn edges() -> Vec<Case> {
+    let mut cases = Vec::new();
+    let (f16, bf16) = (DType::F16, DType::BF16);
+    for m in [1, 15, 16, 17, 63, 65, 130, 577, 641] {
+        cases.push(linear(m, &[8], 24, f16, Activation::None, false, false));
+        if m < 200 {
+            cases.push(linear(m, &[72], 40, bf16, Activation::QuickGelu, true, true));
+            cases.push(linear(m, &[40, 24, 24], 72, f16, Activation::GeluErf, true, false));
+            cases.push(gated(m, 24, 136, bf16, false));
+        }
+    }
+    for (n, k) in [(137, 264), (264, 80), (515, 72), (8, 4096), (1003, 16)] {
+        cases.push(linear(18, &[n], k, bf16, Activation::None, true, true));
+        cases.push(Case { op: WIDE, ..linear(3, &[n], k, f16, Activation::None, false, false) });
+    }
+    cases.push(gated(18, 136, 2048, f16, true));
+    for (rows, cols) in [(577, 8), (2, 4096), (3, 5120), (2, 11008)] {
+        let norm = |op, ins: usize, weights: usize| {
+            case(op, vec![f32s(Rows::Tokens, cols); ins], vec![[1, cols]; weights], tokens(rows))
+        };
+        cases.push(norm(Op::LayerNorm { eps: 1e-5 }, 1, 2));
+        cases.push(norm(Op::RmsNorm { eps: 1e-6 }, 1, 1));
+        cases.push(norm(Op::AddRmsNorm { eps: 1e-5 }, 2, 1));
+    }
+    for head_dim in (8..=128).step_by(8) {
+        cases.push(attention(1, 17, 2, head_dim, false));
+        cases.push(attention(1, 19, 1, head_dim, true));
+        cases.push(paged_attention(15, 2, 2, 1, head_dim));
+        cases.push(rope(15, 2, 2, 1, head_dim));
+    }
+    for rows in [15, 16, 63, 64, 65, 129, 577] {
+        cases.push(attention(if rows > 100 { 1 } else { 2 }, rows, 1, 64, rows % 2 == 0));
+    }
+    for end in [31, 32, 33, 64, 65, 127, 128, 129, 300] {
+        for new in [1, 17, 31] {
+            cases.push(paged_attention(end - new, new, 4, 2, 32));
+        }
+    }
+    cases.push(paged_attention(0, 577, 1, 1, 16));
+    cases.push(paged_attention(1030, 2, 2, 2, 64));
+    cases.push(rope(250, 65, 3, 1, 64));
+    // 576 patches, one more than a tile's multiple with the class row.
+    let weights = vec![[24, 12], [1, 24], [577, 24]];
+    let ins = vec![f32s(Rows::PerImage(1), 3 * 48 * 48)];
+    let bindings = Bindings { images: 2, ..Bindings::default() };
+    cases.push(case(Op::PatchEmbed { image: 48, patch: 2 }, ins, weights, bindings));
+    for (rows, cols) in [(2, 1003usize), (1, 32064), (1, 50257)] {
+        let params = TensorType::i32(Rows::Outputs, SAMPLE_PARAMS);
+        let seen = TensorType::i32(Rows::Outputs, cols.div_ceil(32));
+        cases.push(case(Op::Sample, vec![f32s(Rows::Outputs, cols), params, seen], vec![], tokens(rows)));
+    }
+    cases
+}
+
+/// Logits: f32 on every device.
+const WIDE: Op = Op::Linear { act: Activation::None, bias: false, residual: false, wide: true };
+
+/// Every case of the tests: rows 1 to a few, odd and prime, tails of every kind.
+pub fn all() -> Vec<Case> {
+    let mut cases = Vec::new();
+    let dtypes = [DType::F32, DType::F16, DType::BF16];
+    for dtype in dtypes {
+        for m in [1, 2, 3, 4, 5, 12, 13, 25] {
+            for (n, k) in [(1, 1), (7, 5), (16, 16), (17, 33), (31, 64), (33, 255), (64, 257), (48, 600)] {
+                cases.push(linear(m, &[n], k, dtype, Activation::None, false, false));
+            }
+            cases.push(linear(m, &[48, 16, 19], 40, dtype, Activation::None, true, false));
+            cases.push(linear(m, &[37], 70, dtype, Activation::QuickGelu, true, false));
+            cases.push(linear(m, &[37], 70, dtype, Activation::GeluErf, true, true));
+            cases.push(linear(m, &[20], 300, dtype, Activation::None, false, true));
+            cases.push(gated(m, 21, 77, dtype, false));
+            cases.push(gated(m, 40, 64, dtype, true));
+        }
+    }
+    // One case with the reduction length of a real model's widest layer.
+    cases.push(linear(6, &[20], 11008, DType::F16, Activation::None, false, false));
+
+    for (rows, cols) in [(1, 1), (3, 15), (2, 16), (5, 17), (4, 100), (7, 1024)] {
+        let x = f32s(Rows::Tokens, cols);
+        for dtype in dtypes {
+            let norm = |op, ins: usize, weights: usize| Case {
+                dtype,
+                ..case(op, vec![x; ins], vec![[1, cols]; weights], tokens(rows))
+            };
+            cases.push(norm(Op::LayerNorm { eps: 1e-5 }, 1, 2));
+            cases.push(norm(Op::RmsNorm { eps: 1e-6 }, 1, 1));
+            cases.push(norm(Op::AddRmsNorm { eps: 1e-5 }, 2, 1));
+        }
+        cases.push(case(Op::L2Normalize, vec![x], vec![], tokens(rows)));
+    }
+    for (images, rows, heads, head_dim, causal) in [
+        (1, 1, 1, 8, false),
+        (2, 17, 3, 24, false),
+        (1, 65, 2, 64, false),
+        (2, 50, 2, 80, true),
+        (1, 130, 1, 128, true),
+        (3, 16, 2, 40, true),
+    ] {
+        cases.push(attention(images, rows, heads, head_dim, causal));
+    }
+    for (past, new, heads, kv_heads, head_dim) in [
+        (0, 1, 1, 1, 8),
+        (15, 1, 4, 4, 64),
+        (16, 1, 4, 2, 64),
+        (17, 1, 6, 2, 40),
+        (0, 33, 4, 1, 24),
+        (70, 29, 4, 2, 128),
+        (200, 1, 8, 2, 80),
+        (63, 65, 3, 3, 32),
+    ] {
+        cases.push(paged_attention(past, new, heads, kv_heads, head_dim));
+        cases.push(rope(past, new, heads, kv_heads, head_dim));
+    }
+    for (image, patch, width, images) in [(28, 14, 32, 1), (21, 7, 17, 3), (32, 16, 48, 2), (30, 10, 5, 1)] {
+        let n = (image / patch) * (image / patch);
+        let weights = vec![[width, 3 * patch * patch], [1, width], [n + 1, width]];
+        for dtype in dtypes {
+            let ins = vec![f32s(Rows::PerImage(1), 3 * image * image)];
+            let bindings = Bindings { images, ..Bindings::default() };
+            let op = Op::PatchEmbed { image, patch };
+            cases.push(Case { dtype, ..case(op, ins, weights.clone(), bindings) });
+        }
+    }
+    for (rows, cols) in [(1, 8), (5, 19), (12, 64)] {
+        let index = TensorType::i32(Rows::Tokens, 1);
+        for dtype in dtypes {
+            let ins = vec![index, index, f32s(Rows::Tokens, cols)];
+            cases.push(Case { dtype, ..case(Op::EmbedRows, ins, vec![[23, cols]], tokens(rows)) });
+        }
+        let select = |select| Op::SelectRows { select };
+        let ins = vec![f32s(Rows::Tokens, cols), TensorType::i32(Rows::Outputs, 1)];
+        cases.push(case(select(Select::Index), ins, vec![], Bindings { outputs: 3, ..tokens(rows) }));
+        let images = |images| Bindings { images, ..Bindings::default() };
+        let ins = vec![f32s(Rows::PerImage(10), cols), f32s(Rows::PerImage(10), cols)];
+        cases.push(case(select(Select::All), ins.clone(), vec![], images(2)));
+        cases.push(case(select(Select::Patches { rows: 10 }), ins, vec![], images(3)));
+        let (params, seen) = (
+            TensorType::i32(Rows::Outputs, SAMPLE_PARAMS),
+            TensorType::i32(Rows::Outputs, cols.div_ceil(32)),
+        );
+        let logits = f32s(Rows::Outputs, cols);
+        cases.push(case(Op::Sample, vec![logits, params, seen], vec![], tokens(rows)));
+    }
+    cases
+}

@@ -204,3 +204,104 @@ fn launches(
     let at_once = tile::rows_at_once(tiles, cols as u32, slices) as usize;
     rows.clone().step_by(at_once).map(move |start| (start..rows.end.min(start + at_once), slices))
 }
+
+#[cfg(test)]
+mod tests {
+    #![cfg(feature = "emu")]
+
+    use super::*;
+    use crate::backend::Backend;
+    use crate::backend::cuda::{CudaBackend, emu::Emulator};
+    use crate::op::Activation;
+    use crate::tensor::{Storage, Weight, WeightBytes};
+    use std::sync::Arc;
+
+    /// Numbers between -1 and 1.
+    fn numbers(count: usize, salt: u32) -> Vec<f32> {
+        let hash = |i: u32| (i.wrapping_mul(2_654_435_769) ^ salt).wrapping_mul(0x85eb_ca6b) >> 8;
+        (0..count as u32).map(|i| hash(i) as f32 / (1 << 23) as f32 - 1.0).collect()
+    }
+
+    fn weight(dtype: DType, rows: usize, cols: usize) -> Weight {
+        let mut bytes = vec![0; rows * cols * dtype.size()];
+        dtype.round_to(&numbers(rows * cols, cols as u32), &mut bytes);
+        let (len, storage) = (bytes.len(), Arc::new(Storage::Owned(bytes.into())));
+        let bytes = WeightBytes::new(storage, 0, len).unwrap();
+        Weight { name: "w".into(), dtype, rows, cols, bytes }
+    }
+
+    /// The bytes that a product of `m` rows with matrices `[n, k]` gives, by some of `tiles`, a launch for each range.
+    fn product(
+        dtype: DType,
+        op: &Op,
+        (m, n, k): (usize, usize, usize),
+        tiles: &'static [Tile],
+        launches: &[Range<usize>],
+    ) -> Vec<u8> {
+        let emulator = Emulator::new(k as u64, Emulator::LIMITS).unwrap();
+        let backend = CudaBackend::new(Arc::new(emulator), dtype).unwrap();
+        let matrices = if matches!(op, Op::GatedLinear { .. }) { 2 } else { 1 };
+        let weights = backend.prepare(op, &vec![weight(dtype, n, k); matrices]).unwrap();
+        let weights: Vec<_> = weights.iter().collect();
+        let types: Vec<_> = weights.iter().map(|weight| weight.ty).collect();
+        let (x, y) = (backend.alloc("x", m * k * 2).unwrap(), backend.alloc("y", m * n * 2).unwrap());
+        let view = |addr, cols| View { addr, rows: m, cols, dtype };
+        let (ins, outs) = ([view(x.addr, k)], [view(y.addr, n)]);
+        let workspace = backend.alloc("workspace", workspace(m, &types)).unwrap();
+        let call =
+            Call { op, ins: &ins, weights: &weights, outs: &outs, decode: 0, workspace: workspace.addr };
+        let (mut rows, mut bytes) = (vec![0; m * k * 2], vec![0; m * n * 2]);
+        dtype.round_to(&numbers(m * k, 7), &mut rows);
+        // SAFETY: operands, result and workspace are buffers of their own, as large as they must be.
+        unsafe {
+            backend.upload(x.addr, &rows).unwrap();
+            for rows in launches {
+                match op {
+                    Op::Linear { .. } => linear_by(backend.device(), &call, rows.clone(), tiles).unwrap(),
+                    _ => gated_linear_by(backend.device(), &call, rows.clone(), tiles).unwrap(),
+                }
+            }
+            backend.download(y.addr, &mut bytes).unwrap();
+        }
+        bytes
+    }
+
+    const PLAIN: Op = Op::Linear { act: Activation::None, bias: false, residual: false, wide: false };
+
+    /// Several tiles high and wide, with tails; one of them cut into slices.
+    const SHAPES: [(usize, usize, usize); 3] = [(131, 264, 200), (70, 40, 1096), (17, 30, 64)];
+
+    /// Every tile gives the same bits: which one is chosen is a question of time alone.
+    #[test]
+    fn tiles_change_no_bit() {
+        assert!(SHAPES.iter().any(|&(_, n, k)| tile::slices(n as u32, k as u32) > 1), "one is cut");
+        for dtype in [DType::BF16, DType::F16] {
+            for op in [PLAIN, Op::GatedLinear { bias: false }] {
+                for shape in SHAPES {
+                    let reference = product(dtype, &op, shape, &ANY, &[0..shape.0]);
+                    assert!(reference.iter().any(|byte| *byte != reference[0]));
+                    for tile in &TILES {
+                        let got = product(dtype, &op, shape, std::slice::from_ref(tile), &[0..shape.0]);
+                        assert!(got == reference, "{} differs at {shape:?} in {dtype}, {op:?}", tile.kernel);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Rows in one launch or in several, by whatever tiles are chosen for so many: the same bits.
+    #[test]
+    fn chunks_change_no_bit() {
+        for op in [PLAIN, Op::GatedLinear { bias: false }] {
+            for shape in SHAPES {
+                let m = shape.0;
+                let whole = product(DType::BF16, &op, shape, &TILES, &[0..m]);
+                for cuts in [vec![0, 1, m], vec![0, 16, 17, m], vec![0, 7, 10, 13, m - 2, m]] {
+                    let launches: Vec<_> = cuts.windows(2).map(|w| w[0]..w[1]).collect();
+                    let got = product(DType::BF16, &op, shape, &TILES, &launches);
+                    assert!(got == whole, "{shape:?} in {launches:?}, {op:?}");
+                }
+            }
+        }
+    }
+}

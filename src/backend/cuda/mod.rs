@@ -15,11 +15,14 @@ mod embed;
 #[cfg(feature = "emu")]
 pub mod emu;
 pub mod gpu;
+mod linear;
 mod matvec;
 mod norm;
+mod patch;
 mod rope;
 mod sample;
 mod staging;
+pub mod tile;
 mod weights;
 
 use super::{Backend, Buffer, Call, Prepared, Recording};
@@ -88,13 +91,13 @@ impl CudaBackend {
         // SAFETY: for every arm, the caller's obligations are those of the launch functions.
         unsafe {
             match call.op {
-                Op::PatchEmbed { .. } => self.missing(call),
+                Op::PatchEmbed { .. } => patch::patch_embed(device, call),
                 Op::LayerNorm { .. } => norm::layer_norm(device, call),
                 Op::RmsNorm { .. } => norm::rms_norm(device, call),
                 Op::AddRmsNorm { .. } => norm::add_rms_norm(device, call),
                 Op::L2Normalize => norm::l2_normalize(device, call),
-                Op::Linear { .. } => by_phase(device, call, matvec::linear, missing_rows),
-                Op::GatedLinear { .. } => by_phase(device, call, matvec::gated_linear, missing_rows),
+                Op::Linear { .. } => by_phase(device, call, matvec::linear, linear::linear),
+                Op::GatedLinear { .. } => by_phase(device, call, matvec::gated_linear, linear::gated_linear),
                 Op::Attention { .. } => self.missing(call),
                 Op::RopeAppend { .. } => rope::rope_append(device, call),
                 Op::PagedAttention { .. } => by_phase(device, call, missing_rows, missing_rows),
@@ -161,15 +164,17 @@ impl Backend for CudaBackend {
         weights::prepare(&self.device, &self.tied, op, weights)
     }
 
-    fn workspace(&self, op: &Op, _ins: &[View], _weights: &[WeightType], _outs: &[View]) -> usize {
+    fn workspace(&self, op: &Op, ins: &[View], weights: &[WeightType], _outs: &[View]) -> usize {
         match op {
+            Op::Linear { bias, .. } | Op::GatedLinear { bias } => {
+                let matrices = if *bias { weights.len() / 2 } else { weights.len() };
+                linear::workspace(ins[0].rows, &weights[..matrices])
+            }
             Op::PatchEmbed { .. }
             | Op::LayerNorm { .. }
             | Op::RmsNorm { .. }
             | Op::AddRmsNorm { .. }
             | Op::L2Normalize
-            | Op::Linear { .. }
-            | Op::GatedLinear { .. }
             | Op::Attention { .. }
             | Op::RopeAppend { .. }
             | Op::PagedAttention { .. }

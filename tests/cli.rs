@@ -188,7 +188,7 @@ fn errors_are_for_people() {
         (&["run", "--prompt", "x", "--context", "0"], 2, &["--context", "1024"]),
         (&["run", "--prompt", "x", "--kv-memory", "10"], 2, &["--kv-memory", "page"]),
         (&["run", "--prompt", "x", "--kv-memory", "lots"], 2, &["--kv-memory", "512MiB"]),
-        (&["run", "--prompt", "x", "--dtype", "bf16"], 2, &["--dtype"]),
+        (&["run", "--prompt", "x", "--dtype", "f16"], 2, &["--dtype"]),
         (&["run", "--prompt", "x", "--stop", ""], 2, &["--stop"]),
         (&["run", "--prompt", "x", "--template", "no-such-template"], 2, &["--template", "vicuna"]),
         (&["preprocess", "--image", &text], 1, &["answers.json"]),

@@ -302,8 +302,6 @@ impl Executor {
     /// # Safety
     /// As for [`run`](Executor::run).
     unsafe fn repeat(&mut self, key: Repeatable, bindings: &Bindings, control: &Control) -> Result<()> {
-        // Page tables grow from step to step; recorded launches see room for the longest.
-        let bindings = &Bindings { table_entries: self.plan.max.table_entries, ..*bindings };
         let nodes = key.nodes.clone();
         let Some(at) = self.recordings.iter().position(|(known, _)| *known == key) else {
             if self.recordings.len() < MAX_RECORDINGS {
@@ -313,8 +311,10 @@ impl Executor {
             return unsafe { self.run_each(nodes, bindings, control) };
         };
         if matches!(self.recordings[at].1, Recorded::Once) {
+            // Page tables grow from step to step; recorded launches see room for the longest.
+            let longest = &Bindings { table_entries: self.plan.max.table_entries, ..*bindings };
             // SAFETY: passed on from the caller; while they are recorded, nodes touch nothing.
-            let mut work = || unsafe { self.run_each(nodes.clone(), bindings, &Control::default()) };
+            let mut work = || unsafe { self.run_each(nodes.clone(), longest, &Control::default()) };
             match self.backend.record(&mut work)? {
                 Some(recording) => self.recordings[at].1 = Recorded::Ready(recording),
                 None => {

@@ -10,11 +10,12 @@ mod oracle;
 
 use cases::bounds::headroom;
 use cases::{Case, Results};
+use devices::{Tested, devices};
 use oracle::Oracle;
 use std::sync::Arc;
 use tessera::backend::Backend;
 use tessera::op::Op;
-use tessera::tensor::{DType, Rows};
+use tessera::tensor::Rows;
 
 /// The cases of an op, with its rows in both phases where kernels differ.
 fn cases_of(name: &str) -> Vec<Case> {
@@ -42,9 +43,7 @@ fn in_phases(case: Case) -> Vec<Case> {
 fn check(name: &str) {
     let cases = cases_of(name);
     assert!(!cases.is_empty(), "no case of {name}");
-    for (tested, dtype) in devices::all().iter().flat_map(|t| [(t, DType::BF16), (t, DType::F16)]) {
-        let reseed = &tested.reseed;
-        let backend: Arc<dyn Backend> = Arc::new(tested.backend(dtype).check_launches(true));
+    for Tested { backend, reseed } in devices() {
         let mut worst: f64 = 0.0;
         for case in &cases {
             for seed in 0..3 {

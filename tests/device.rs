@@ -6,7 +6,7 @@ mod data;
 mod devices;
 
 use data::Case;
-use devices::{Watched, change};
+use devices::watched::{Watched, change};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use tessera::backend::cpu::CpuBackend;
@@ -143,7 +143,7 @@ fn fixture(name: &str) -> Question {
 
 #[test]
 fn fixtures_lose_no_more_than_16_bits_cost() {
-    for tested in devices::all() {
+    for tested in devices::drivers() {
         for (i, name) in CASES.iter().enumerate() {
             let dtype = [DType::BF16, DType::F16][i % 2];
             fixture(name).check(name, Arc::new(tested.backend(dtype)));
@@ -160,7 +160,7 @@ fn the_demo_loses_no_more_than_16_bits_cost() {
         pictures: vec![picture],
         tokens: 8,
     };
-    for tested in devices::all() {
+    for tested in devices::drivers() {
         question.check("demo", Arc::new(tested.backend(DType::BF16)));
     }
 }
@@ -251,7 +251,7 @@ fn language_stray(backend: Arc<dyn Backend>, tokens: usize, decode: bool) -> Opt
 
 #[test]
 fn no_node_strays() {
-    for tested in devices::all() {
+    for tested in devices::drivers() {
         for dtype in [DType::BF16, DType::F16] {
             assert_eq!(vision_stray(Arc::new(tested.backend(dtype))), None);
             for decode in [false, true] {
@@ -264,7 +264,7 @@ fn no_node_strays() {
 /// A fault planted in one node is found there and nowhere else.
 #[test]
 fn a_planted_fault_is_named() {
-    for tested in devices::all() {
+    for tested in devices::drivers() {
         for fault in [3, 12] {
             let backend = Watched::new(
                 Arc::new(tested.backend(DType::BF16)),
@@ -305,7 +305,7 @@ fn step(session: &mut Session, sequences: &mut [&mut Sequence], chunk: usize, ph
 /// In each phase a row has the same bits in any chunk, in any batch, on any pages and in any order of execution.
 #[test]
 fn company_changes_no_bit() {
-    for tested in devices::all() {
+    for tested in devices::drivers() {
         let model = load(Arc::new(tested.backend(DType::BF16)), &fixture(CASES[1]).source);
         let mut session = session(&model);
         let ids: Vec<_> = (0..3).map(|salt| prompt(&model, 37 + 5 * salt as usize, salt)).collect();
@@ -347,7 +347,7 @@ fn company_changes_no_bit() {
 /// steps have that run node by node.
 #[test]
 fn replayed_steps_are_the_same_steps() {
-    for tested in devices::all() {
+    for tested in devices::drivers() {
         let one_by_one: Arc<dyn Backend> = Arc::new(tested.backend(DType::BF16).check_launches(true));
         let recording = Watched::new(Arc::new(tested.backend(DType::BF16)), Box::new(|_, _, _| {}));
         let mut made = Vec::new();

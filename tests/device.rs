@@ -39,7 +39,7 @@ fn cpu() -> Arc<dyn Backend> {
 fn session(model: &Arc<Model>) -> Session {
     let options = SessionOptions {
         context: Some(256.min(model.config().text.max_positions)),
-        prefill_chunk: 128,
+        prefill_chunk: 256,
         max_sequences: 3,
         all_logits: true,
         ..SessionOptions::default()

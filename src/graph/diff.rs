@@ -79,7 +79,7 @@ pub unsafe fn first_stray(
             let node = &device.graph().nodes[n];
             let bound = bound(node);
             // A NaN is no deviation that a bound allows.
-            if !(deviation <= bound) {
+            if deviation > bound || deviation.is_nan() {
                 let (node, op) = (node.name.clone(), node.op.name());
                 return Ok(Some(Stray { node, op, result, deviation, bound }));
             }

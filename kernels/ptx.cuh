@@ -103,7 +103,7 @@ template <> DEVICE float high<bf16>(uint32_t pair) { return bits_to_float(pair &
 // 2^x and 1/x, within 2 units in the last place.
 DEVICE float exp2_approx(float x) {
 #ifdef EMU
-    return emu::exp2(x);
+    return emu::exp2_approx(x);
 #else
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -112,7 +112,7 @@ DEVICE float exp2_approx(float x) {
 }
 DEVICE float rcp_approx(float x) {
 #ifdef EMU
-    return 1.0f / x;
+    return emu::rcp_approx(x);
 #else
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -7,8 +7,8 @@
 // [page][K][PAGE][E] with slot = page PAGE + offset, q T [rows, H E]. E is a multiple of 8, so every head is aligned to 16
 // bytes; its halves are if E is a multiple of 16, and are taken by single elements if not.
 //
-// Grid: ceil(items / 128) blocks of 128 a row, rows after one another; an item is a piece of a half of a head of q or k,
-// rotated with its partner, or two such pieces of a head of v, copied. Shared: none.
+// Grid: [rows, ceil(items / 128)], blocks of 128; an item is a piece of the first half of a head and its partner in the
+// second, rotated in q and k, copied in v. Shared: none.
 // Floor: qkv read, q, k and v written, E f32 of the table a row; in decode it is one launch's latency.
 #include "common.cuh"
 
@@ -20,7 +20,8 @@ struct RopeArgs {
     void* k;
     void* v;
     void* q;
-    uint32_t heads, kv_heads, head_dim, blocks_per_row;
+    uint32_t heads, kv_heads, head_dim;
+    uint32_t unused;
 };
 static_assert(sizeof(RopeArgs) == 72);
 
@@ -61,8 +62,7 @@ template <class T, int W> DEVICE void rope_item(const RopeArgs& args, uint32_t r
 }
 
 template <class T> DEVICE void rope_append(const RopeArgs& args) {
-    uint32_t row = blockIdx.x / args.blocks_per_row;
-    uint32_t item = blockIdx.x % args.blocks_per_row * ROPE_THREADS + threadIdx.x;
+    uint32_t row = blockIdx.x, item = blockIdx.y * ROPE_THREADS + threadIdx.x;
     if (args.head_dim % (2 * VEC<T>) == 0) {
         rope_item<T, VEC<T>>(args, row, item);
     } else {

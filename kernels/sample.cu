@@ -4,14 +4,15 @@
 // logits f32 [rows, vocab], params one SampleParams a row, seen a bit for each id [rows, ceil(vocab / 32)], token i32
 // [rows]. One block of 1024 a row; shared: sizeof(SampleShared). vocab at most 2^19: the sums fit 64 bits.
 //
-// Nothing is sorted and no candidate is stored: a step finds a threshold, and the next passes over the logits again,
-// which are in L2. A pass costs an SM 2000 clocks for 32000 logits (128 KB at 64 bytes a clock). Greedy is one
-// pass, 1 to 2 us beside the 61 us of a 7B model's last product, and 10 us beside its 490 us at 256k words: more blocks
-// a row would gain 2 % of that product at most. Top-k is three passes more, top-p three, the draw one.
+// Nothing is sorted and no candidate is stored: a step finds a threshold, and the next goes over the logits again,
+// which are in L2. 32000 of them are 128 KB, for which one SM takes 2000 clocks at 64 bytes a clock. Greedy is one
+// such pass: 1 to 2 us beside the 61 us that the floor of a 7B model's last product is, 10 us beside 490 us at 256k ids;
+// more blocks a row would save 2 % of that product at most, and need a combination. Top-k adds three passes,
+// top-p three, the draw one. Floor: the logits, read once.
 //
-// Scores are those of backend/cpu/sample.rs bit for bit, probabilities within the error of expf. Sums are integers
-// (multiples of 2^-44 of the largest probability, each rounded down), so that any order of summing gives the same, and
-// the token is the CPU's unless a border lies nearer to a sum than 2^-22 of it: see tests/sampling.rs.
+// Scores are those of backend/cpu/sample.rs bit for bit, probabilities but for the error of expf. Sums are of
+// integers, multiples of 2^-44 of the largest probability to which each is rounded down: any order of summing gives
+// the same. The token is the CPU's unless a limit lies within 2^-20 of a sum; see tests/cuda_sampling.rs.
 #include "common.cuh"
 
 // op.rs: SampleParams.
@@ -138,8 +139,10 @@ struct Sampler {
         if (penalty != 1.0f && (seen[id / 32] >> (id % 32) & 1)) x = x < 0.0f ? x * penalty : x / penalty;
         return params.temperature == 0.0f ? x : x / params.temperature;
     }
-    // Relative to the largest, which is 1 even if it is infinite.
-    DEVICE float probability(float score) const { return score == max_score ? 1.0f : expf(score - max_score); }
+    // Relative to the largest, which is 1 even if it is infinite. What parameters out of range make NaN is 1, too.
+    DEVICE float probability(float score) const {
+        return score == max_score ? 1.0f : fminf(expf(score - max_score), 1.0f);
+    }
 
     // f(id, logit) for every id, dealt out to the threads.
     template <class F> DEVICE void each(F f) const {
@@ -241,8 +244,9 @@ struct Sampler {
         if (warp_id() == warp) {
             uint64_t running = warp == 0 ? 0 : shuffle(upto, warp - 1);
             for (uint32_t base = begin; base < end; base += WARP) {
-                uint32_t id = base + lane_id();
-                uint64_t mine = running + prefix_sum(mask(id < end) ? mass(id, logits[id]) : 0);
+                // Behind the end the last id stands again: it happens no later than there.
+                uint32_t id = min(base + lane_id(), end - 1);
+                uint64_t mine = running + prefix_sum(mass(id, logits[id]));
                 uint32_t past = lanes_where(mine > wanted);
                 if (past) {
                     if (lane_id() == WARP - count_ones(past)) shared.id = id;

@@ -5,55 +5,17 @@
 //! One family of ops: `cargo test --features emu --test cuda -- linear`.
 
 mod cases;
+mod devices;
 mod oracle;
 
 use cases::bounds::headroom;
 use cases::{Case, Results};
+use devices::{Tested, devices};
 use oracle::Oracle;
 use std::sync::Arc;
 use tessera::backend::Backend;
-use tessera::backend::cuda::driver::Driver;
-use tessera::backend::cuda::{CudaBackend, gpu};
 use tessera::op::Op;
-use tessera::tensor::{DType, Rows};
-
-/// A device that the table runs on.
-struct Tested {
-    backend: Arc<dyn Backend>,
-    /// Draws another order of execution, where that can be done.
-    reseed: Box<dyn Fn(u64)>,
-}
-
-/// Every device of this machine, in both dtypes. Without any, the tests say so.
-fn devices() -> Vec<Tested> {
-    let mut devices = Vec::new();
-    for dtype in [DType::BF16, DType::F16] {
-        #[cfg(feature = "emu")]
-        {
-            use tessera::backend::cuda::emu::Emulator;
-            let emulator = Emulator::new(1, Emulator::LIMITS).unwrap();
-            let driver = emulator.clone();
-            devices.push(Tested {
-                backend: backend(Arc::new(driver), dtype),
-                reseed: Box::new(move |seed| emulator.reseed(seed)),
-            });
-        }
-        match gpu::Gpu::open(0) {
-            Ok(gpu) => {
-                devices.push(Tested { backend: backend(Arc::new(gpu), dtype), reseed: Box::new(|_| {}) })
-            }
-            Err(reason) => println!("not on a GPU: {reason}"),
-        }
-    }
-    if devices.is_empty() {
-        println!("skipped: no GPU, and this build is without the feature `emu`");
-    }
-    devices
-}
-
-fn backend(driver: Arc<dyn Driver>, dtype: DType) -> Arc<dyn Backend> {
-    Arc::new(CudaBackend::new(driver, dtype).unwrap().check_launches(true))
-}
+use tessera::tensor::Rows;
 
 /// The cases of an op, with its rows in both phases where kernels differ.
 fn cases_of(name: &str) -> Vec<Case> {

@@ -2,6 +2,7 @@
 // without order between. Every load and store of a kernel comes through here, so the usual case is short.
 #include "device.h"
 #include <algorithm>
+#include <string.h>
 
 namespace emu {
 namespace {
@@ -17,21 +18,20 @@ struct Access {
     uint32_t block = launch.owner[time - launch.start];
     char other[48] = "";
     if (block != here->block->number) snprintf(other, sizeof other, " of block %u", block);
-    fault("race: %s %zu bytes at offset %zu of %s, which thread %u%s %s with no barrier, ticket or fence between", a.verb,
-          a.bytes, a.offset, a.m.what.c_str(), who & THREAD, other, did);
+    fault("race: %s %zu bytes at offset %zu of %s, which thread %u%s %s with no barrier, ticket or fence between",
+          a.verb, a.bytes, a.offset, a.m.what.c_str(), who & THREAD, other, did);
 }
 
 [[noreturn]] __attribute__((noinline, cold)) void unreadable(const Access& a, size_t cell, size_t cells) {
     for (size_t i = cell; i < cell + cells; i++)
         if (a.m.writer[i] & COPYING)
-            fault("%s %zu bytes at offset %zu of %s, where an asynchronous copy of thread %u is still under way", a.verb,
-                  a.bytes, a.offset, a.m.what.c_str(), a.m.writer[i] & THREAD);
+            fault("%s %zu bytes at offset %zu of %s, where an asynchronous copy of thread %u is still under way",
+                  a.verb, a.bytes, a.offset, a.m.what.c_str(), a.m.writer[i] & THREAD);
     fault("%s %zu bytes at offset %zu of %s that nothing has written", a.verb, a.bytes, a.offset, a.m.what.c_str());
 }
 
 [[noreturn]] __attribute__((noinline, cold)) void never_ends() {
-    fault("does not end: %lld accesses and collectives in one block's time",
-          (long long)STEPS);
+    fault("does not end: %lld accesses and collectives in one block's time", (long long)STEPS);
 }
 
 // Whose memory it would be: the buffer that ends before or begins after the address.
@@ -39,16 +39,23 @@ struct Access {
     auto* p = (const unsigned char*)at;
     const Block& block = *here->block;
     const Device& device = *block.launch->device;
-    const Memory* m = device.find(at);
-    if (!m && p + SLOT / 2 > device.space) m = device.find(p + SLOT / 2);
-    if (!m && p - SLOT / 2 >= device.space) m = device.find(p - SLOT / 2);
     constexpr ptrdiff_t NEAR = 1 << 20;
-    if (p - block.shared.base > -NEAR && p - block.shared.base < NEAR) m = &block.shared;
-    if (m && p >= m->base + m->bytes)
-        fault("%s %zu bytes, %zu past the end of %s (%zu bytes)", verb, n, (size_t)(p - m->base - m->bytes), m->what.c_str(), m->bytes);
-    if (m && p < m->base) fault("%s %zu bytes, %zu before %s", verb, n, (size_t)(m->base - p), m->what.c_str());
-    if (m) fault("%s %zu bytes at offset %zu of %s, past its end (%zu bytes)", verb, n, (size_t)(p - m->base), m->what.c_str(), m->bytes);
+    for (const Memory* m : {&block.shared, (const Memory*)device.find(p), (const Memory*)device.find(p - NEAR),
+                            (const Memory*)device.find(p + NEAR)}) {
+        if (!m) continue;
+        ptrdiff_t offset = p - m->base, past = offset - (ptrdiff_t)m->bytes;
+        const char* what = m->what.c_str();
+        if (offset >= 0 && past < 0)
+            fault("%s %zu bytes at offset %td of %s, past its end (%zu bytes)", verb, n, offset, what, m->bytes);
+        if (offset >= 0 && past < NEAR)
+            fault("%s %zu bytes, %td past the end of %s (%zu bytes)", verb, n, past, what, m->bytes);
+        if (offset < 0 && offset > -NEAR) fault("%s %zu bytes, %td before %s", verb, n, -offset, what);
+    }
     fault("%s %zu bytes at %p, which is no memory of this device", verb, n, at);
+}
+
+bool readers_ordered(Time time, Who reader) {
+    return !(reader & MANY_BLOCKS) && ordered(time, reader, reader & MANY_LANES, reader & MANY_WARPS);
 }
 
 // How several readers of one cell since the last barrier (or launch) are remembered: by the latest, and by who
@@ -64,7 +71,7 @@ void join_reader(Time& time, Who& who, const Lane& me) {
     who = me.thread;
     if (before < launch.start) return;
     if (launch.owner[before - launch.start] != block.number) {
-        if (!ordered(before, other & THREAD, other & MANY_LANES, other & MANY_WARPS)) who |= MANY_BLOCKS;
+        if (!readers_ordered(before, other)) who |= MANY_BLOCKS;
         return;
     }
     if (before < block.epoch) return;
@@ -73,7 +80,8 @@ void join_reader(Time& time, Who& who, const Lane& me) {
 }
 
 // Cells whose stamps are older than `quiet` raise no question of order.
-template <bool writes> __attribute__((always_inline)) inline void touch(Memory& m, size_t offset, size_t bytes, Time quiet, const Lane& me) {
+template <bool writes>
+__attribute__((always_inline)) inline void touch(Memory& m, size_t offset, size_t bytes, Time quiet, const Lane& me) {
     const size_t cell = offset / 2, cells = bytes > 2 ? bytes / 2 : 1;
     const Who need = bytes > 1 ? BYTES : offset % 2 ? HIGH_BYTE : LOW_BYTE;
     Time* __restrict wrote = m.wrote + cell;
@@ -91,15 +99,16 @@ template <bool writes> __attribute__((always_inline)) inline void touch(Memory& 
     if (writes ? (any & COPYING) != 0 : (all & need) != need) unreadable(access, cell, cells);
     if (__builtin_expect(latest_write >= quiet, 0))
         for (size_t i = 0; i < cells; i++)
-            if (wrote[i] >= quiet && !ordered(wrote[i], writer[i] & THREAD, false, false)) race(access, wrote[i], writer[i], "wrote");
+            if (wrote[i] >= quiet && !ordered(wrote[i], writer[i], false, false))
+                race(access, wrote[i], writer[i], "wrote");
     if (writes) {
         if (__builtin_expect(latest_read >= quiet, 0))
             for (size_t i = 0; i < cells; i++)
-                if (read[i] >= quiet && ((reader[i] & MANY_BLOCKS) ||
-                                         !ordered(read[i], reader[i] & THREAD, reader[i] & MANY_LANES, reader[i] & MANY_WARPS)))
+                if (read[i] >= quiet && !readers_ordered(read[i], reader[i]))
                     race(access, read[i], reader[i], reader[i] & ~THREAD ? "(and others) read" : "read");
         for (size_t i = 0; i < cells; i++) wrote[i] = me.time;
-        for (size_t i = 0; i < cells; i++) writer[i] = bytes > 1 ? me.thread | BYTES : me.thread | need | (writer[i] & BYTES);
+        for (size_t i = 0; i < cells; i++)
+            writer[i] = bytes > 1 ? me.thread | BYTES : me.thread | need | (writer[i] & BYTES);
     } else if (__builtin_expect(latest_read < quiet, 1)) {
         for (size_t i = 0; i < cells; i++) read[i] = me.time;
         for (size_t i = 0; i < cells; i++) reader[i] = me.thread;
@@ -109,7 +118,8 @@ template <bool writes> __attribute__((always_inline)) inline void touch(Memory& 
 }
 
 // Any length and alignment, as the compiler's merged accesses have them: by cells, and bytes at the ends.
-template <bool writes> void touch_range(Memory& m, size_t offset, size_t bytes, Time quiet, const Lane& me) {
+template <bool writes>
+void touch_range(Memory& m, size_t offset, size_t bytes, Time quiet, const Lane& me) {
     while (bytes) {
         size_t n = offset % 2 || bytes == 1 ? 1 : 2;
         touch<writes>(m, offset, n, quiet, me);
@@ -119,7 +129,8 @@ template <bool writes> void touch_range(Memory& m, size_t offset, size_t bytes, 
 
 enum class Where { ANY, SHARED, GLOBAL };
 
-template <bool writes, size_t fixed, Where where = Where::ANY> __attribute__((always_inline)) inline void access(const void* at, size_t bytes = fixed, bool aligned = true) {
+template <bool writes, size_t fixed, Where where = Where::ANY>
+__attribute__((always_inline)) inline void access(const void* at, size_t bytes = fixed, bool aligned = true) {
     Lane* me = here;
     if (where == Where::ANY) {
         if (!me || (size_t)((char*)at - me->stack) < STACK) return;
@@ -151,7 +162,9 @@ void check_alignment(const void* at, size_t n) {
     if ((uintptr_t)at % n) fault("touches %zu bytes at %p, which is not a multiple of %zu", n, at, n);
 }
 
-void read_shared(const void* at, size_t n) { n == 16 ? access<false, 16, Where::SHARED>(at) : access<false, 0, Where::SHARED>(at, n); }
+void read_shared(const void* at, size_t n) {
+    n == 16 ? access<false, 16, Where::SHARED>(at) : access<false, 0, Where::SHARED>(at, n);
+}
 void read_global(const void* at, size_t) { access<false, 16, Where::GLOBAL>(at); }
 void write_global(void* at, size_t) { access<true, 16, Where::GLOBAL>(at); }
 
@@ -170,41 +183,42 @@ void end_copy(void* to) {
     for (size_t i = cell; i < cell + 8; i++) m.wrote[i] = here->time;
 }
 
-void touch_counter(void* at) {
-    const Lane& me = *here;
-    const Launch& launch = *me.block->launch;
-    check_alignment(at, 4);
-    Memory* m = launch.device->find(at);
-    size_t offset = m ? (size_t)((unsigned char*)at - m->base) : 0;
-    if (!m || offset + 4 > m->bytes) outside(at, 4, "takes a ticket of");
-    for (size_t i = offset / 2; i < offset / 2 + 2; i++) {
-        Access access{*m, offset, 4, "takes a ticket of"};
-        if ((m->writer[i] & BYTES) != BYTES) unreadable(access, i, 1);
-        if (!(m->writer[i] & ATOMIC) && !ordered(m->wrote[i], m->writer[i] & THREAD, false, false)) race(access, m->wrote[i], m->writer[i], "wrote");
-        m->wrote[i] = me.time;
-        m->writer[i] = me.thread | BYTES | ATOMIC;
+namespace {
+
+// Atomic additions do not race with each other; with all other accesses they do.
+void touch_atomically(const Access& a, Time quiet) {
+    if (--here->block->launch->steps_left < 0) never_ends();
+    for (size_t i = a.offset / 2; i < a.offset / 2 + 2; i++) {
+        Time &wrote = a.m.wrote[i], &read = a.m.read[i];
+        Who &writer = a.m.writer[i], &reader = a.m.reader[i];
+        if ((writer & BYTES) != BYTES) unreadable(a, i, 1);
+        if (wrote >= quiet && !(writer & ATOMIC) && !ordered(wrote, writer, false, false))
+            race(a, wrote, writer, "wrote");
+        if (read >= quiet && !readers_ordered(read, reader)) race(a, read, reader, "read");
+        wrote = here->time;
+        writer = here->thread | BYTES | ATOMIC;
     }
 }
 
-// Additions do not race with each other; with all other accesses they do.
-void add_shared(uint32_t* at, uint32_t x) {
-    const Lane& me = *here;
-    const Block& block = *me.block;
-    if (--block.launch->steps_left < 0) never_ends();
+}  // namespace
+
+void touch_counter(void* at) {
+    constexpr const char* VERB = "takes a ticket of";
     check_alignment(at, 4);
-    const Memory& m = block.shared;
-    size_t offset = (size_t)((unsigned char*)at - m.base);
-    if (offset >= m.bytes || m.bytes - offset < 4) outside(at, 4, "adds to");
-    const Access access{me.block->shared, offset, 4, "adds to"};
-    for (size_t i = offset / 2; i < offset / 2 + 2; i++) {
-        if ((m.writer[i] & BYTES) != BYTES) unreadable(access, i, 1);
-        if (m.wrote[i] >= block.epoch && !(m.writer[i] & ATOMIC) && !ordered(m.wrote[i], m.writer[i] & THREAD, false, false))
-            race(access, m.wrote[i], m.writer[i], "wrote");
-        if (m.read[i] >= block.epoch && !ordered(m.read[i], m.reader[i] & THREAD, m.reader[i] & MANY_LANES, m.reader[i] & MANY_WARPS))
-            race(access, m.read[i], m.reader[i], "read");
-        m.wrote[i] = me.time;
-        m.writer[i] = me.thread | BYTES | ATOMIC;
-    }
+    const Launch& launch = *here->block->launch;
+    Memory* m = launch.device->find(at);
+    size_t offset = m ? (size_t)((unsigned char*)at - m->base) : 0;
+    if (!m || offset >= m->bytes || m->bytes - offset < 4) outside(at, 4, VERB);
+    touch_atomically({*m, offset, 4, VERB}, launch.start);
+}
+
+void add_shared(uint32_t* at, uint32_t x) {
+    constexpr const char* VERB = "adds to";
+    check_alignment(at, 4);
+    Block& block = *here->block;
+    size_t offset = (size_t)((unsigned char*)at - block.shared.base);
+    if (offset >= block.shared.bytes || block.shared.bytes - offset < 4) outside(at, 4, VERB);
+    touch_atomically({block.shared, offset, 4, VERB}, block.epoch);
     *at += x;
 }
 
@@ -236,6 +250,14 @@ void __tsan_unaligned_write2(void* at) { access<true, 0>(at, 2, false); }
 void __tsan_unaligned_write4(void* at) { access<true, 0>(at, 4, false); }
 void __tsan_unaligned_write8(void* at) { access<true, 0>(at, 8, false); }
 void __tsan_unaligned_write16(void* at) { access<true, 0>(at, 16, false); }
+// Clang's, in place of the C library's.
+void* __tsan_memcpy(void* to, const void* from, size_t n) {
+    return access<false, 0>(from, n, false), access<true, 0>(to, n, false), memcpy(to, from, n);
+}
+void* __tsan_memmove(void* to, const void* from, size_t n) {
+    return access<false, 0>(from, n, false), access<true, 0>(to, n, false), memmove(to, from, n);
+}
+void* __tsan_memset(void* to, int byte, size_t n) { return access<true, 0>(to, n, false), memset(to, byte, n); }
 void __tsan_read_range(void* at, unsigned long n) { access<false, 0>(at, n, false); }
 void __tsan_write_range(void* at, unsigned long n) { access<true, 0>(at, n, false); }
 }

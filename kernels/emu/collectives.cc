@@ -20,23 +20,30 @@ const char* name_of(Collective c) {
 }
 
 [[noreturn]] __attribute__((noinline, cold)) void diverged(const Warp& warp, Collective at, const Site* site) {
-    fault_of_many("is at %s%s%s while other lanes of its warp are at %s%s%s", name_of(at), site ? ", " : "", site ? site->name.c_str() : "",
-          name_of(warp.at), warp.site ? ", " : "", warp.site ? warp.site->name.c_str() : "");
+    fault_of_many("is at %s%s%s while other lanes of its warp are at %s%s%s", name_of(at), site ? ", " : "",
+                  site ? site->name.c_str() : "", name_of(warp.at), warp.site ? ", " : "",
+                  warp.site ? warp.site->name.c_str() : "");
 }
 
 // All lanes of a warp come together; `work` is done by the last, and says whether the warp then goes on.
-template <class Work> __attribute__((always_inline)) inline void meet(Collective at, const Site* site, Work work) {
+template <class Work>
+__attribute__((always_inline)) inline void meet(Collective at, const Site* site, Work work) {
     Lane* me = here;
     Warp& warp = *me->warp;
     Launch& launch = *me->block->launch;
     if (warp.arrived == 0) warp.at = at, warp.site = site;
     else if (warp.at != at || warp.site != site) diverged(warp, at, site);
+    // A stack that has grown into its neighbour's is noticed here at the latest.
+    if (__builtin_expect((size_t)((char*)__builtin_frame_address(0) - me->stack) - STACK_SPARE > STACK - STACK_SPARE,
+                         0))
+        fault("needs more than %zu bytes of stack", STACK - STACK_SPARE);
     warp.arrived++;
     Lane* next;
     if (warp.started < LANES) {
         next = &warp.lanes[(warp.first + warp.started++ * warp.stride) % LANES];
     } else {
-        if (warp.arrived < LANES) fault_of_many("is at %s, for which lanes of its warp that have ended are missing", name_of(at));
+        if (warp.arrived < LANES)
+            fault_of_many("is at %s, for which lanes of its warp that have ended are missing", name_of(at));
         launch.steps_left -= LANES;
         warp.arrived = 0;
         warp.turn ^= 1;
@@ -82,7 +89,8 @@ void sync_block(const char* file, int line) {
         block.barrier = s;
         block.waiting++;
         warp.ready = false;
-        if (block.exited) fault_of_many("is at %s, for which threads of its block that have ended are missing", s->name.c_str());
+        if (block.exited)
+            fault_of_many("is at %s, for which threads of its block that have ended are missing", s->name.c_str());
         return false;
     });
 }
@@ -118,7 +126,8 @@ uint32_t ticket(uint32_t* counter, uint32_t add, const char* file, int line) {
 
 namespace {
 
-template <class Source> inline uint64_t exchange(uint64_t x, int argument, Source source) {
+template <class Source>
+inline uint64_t exchange(uint64_t x, int argument, Source source) {
     Lane* me = here;
     Warp& warp = *me->warp;
     int turn = warp.turn, lane = me->thread % LANES;
@@ -196,7 +205,8 @@ void wait_copies(int pending, const char* file, int line) {
     for (Copy& copy : me.copies) {
         if (copy.group + (uint32_t)pending < me.groups) {
             if (!copy.landed) land(copy);
-            if (copy.from && memcmp(copy.from, copy.issued, 16)) fault("waits for an asynchronous copy whose source has changed since its issue");
+            if (copy.from && memcmp(copy.from, copy.issued, 16))
+                fault("waits for an asynchronous copy whose source has changed since its issue");
             end_copy(copy.to);
         } else {
             me.copies[kept++] = copy;
@@ -217,7 +227,7 @@ Bits128 load_matrices_bits(const void* shared_row, bool transposed) {
     meet(Collective::LOAD_MATRICES, nullptr, [turn, transposed](Warp& warp) {
         uint16_t m[4][8][8];
         for (int i = 0; i < LANES; i++) memcpy(m[i / 8][i % 8], (const void*)warp.in[turn][i][0], 16);
-        auto* out = (uint32_t(*)[4])warp.out[turn];
+        auto* out = (uint32_t (*)[4])warp.out[turn];
         for (int l = 0; l < LANES; l++) {
             int row = l / 4, col = l % 4 * 2;
             for (int i = 0; i < 4; i++)
@@ -231,36 +241,26 @@ Bits128 load_matrices_bits(const void* shared_row, bool transposed) {
 
 namespace {
 
-// Products of two 16-bit floats are exact in f64; the 16 of them are added there in order of k, then c, and the
-// sum is rounded once. The chip adds in f32-like precision in an order it does not tell, so it may differ from
-// this by a few units in the last place of the largest term.
-template <bool bf16> void multiply(Warp& warp, int turn) {
-    double a[16][16], b[16][8], c[16][8];
-    auto widen = [](uint32_t half) { return (double)(bf16 ? bits_to_float(half << 16) : f16_to_float((uint16_t)half)); };
-    auto spread = [&](uint32_t pair, double& low, double& high) { low = widen(pair & 0xffff), high = widen(pair >> 16); };
+// The fragments of 32 lanes, by the PTX ISA's figures for mma.m16n8k16: with g = lane / 4 and t = lane % 4, a0 to a3
+// hold rows g, g + 8, g, g + 8 at columns 2t, 2t, 2t + 8, 2t + 8 and the next; b0 and b1 rows 2t and 2t + 8 and the
+// next of column g; c0 and c1 row g at columns 2t and 2t + 1, c2 and c3 row g + 8.
+void multiply_fragments(Warp& warp, int turn, bool bf16) {
+    uint16_t a[16][16], b[8][16];
+    float c[16][8];
     for (int l = 0; l < LANES; l++) {
         const uint64_t* in = warp.in[turn][l];
+        uint32_t a0[4], b0[2];
+        memcpy(a0, in, 16), memcpy(b0, in + 2, 8);
         int g = l / 4, t = l % 4;
-        spread((uint32_t)in[0], a[g][2 * t], a[g][2 * t + 1]);
-        spread((uint32_t)(in[0] >> 32), a[g + 8][2 * t], a[g + 8][2 * t + 1]);
-        spread((uint32_t)in[1], a[g][2 * t + 8], a[g][2 * t + 9]);
-        spread((uint32_t)(in[1] >> 32), a[g + 8][2 * t + 8], a[g + 8][2 * t + 9]);
-        spread((uint32_t)in[2], b[2 * t][g], b[2 * t + 1][g]);
-        spread((uint32_t)(in[2] >> 32), b[2 * t + 8][g], b[2 * t + 9][g]);
+        memcpy(&a[g][2 * t], a0, 4), memcpy(&a[g + 8][2 * t], a0 + 1, 4);
+        memcpy(&a[g][2 * t + 8], a0 + 2, 4), memcpy(&a[g + 8][2 * t + 8], a0 + 3, 4);
+        memcpy(&b[g][2 * t], b0, 4), memcpy(&b[g][2 * t + 8], b0 + 1, 4);
+        memcpy(&c[g][2 * t], in + 3, 8), memcpy(&c[g + 8][2 * t], in + 4, 8);
     }
-    for (int i = 0; i < 16; i++) {
-        double sum[8] = {};
-        for (int k = 0; k < 16; k++)
-            for (int j = 0; j < 8; j++) sum[j] += a[i][k] * b[k][j];
-        for (int j = 0; j < 8; j++) c[i][j] = sum[j];
-    }
+    multiply(a, b, c, bf16);
     for (int l = 0; l < LANES; l++) {
-        float old[4];
-        memcpy(old, &warp.in[turn][l][3], 16);
         int g = l / 4, t = l % 4;
-        float sum[4] = {(float)(c[g][2 * t] + old[0]), (float)(c[g][2 * t + 1] + old[1]),
-                        (float)(c[g + 8][2 * t] + old[2]), (float)(c[g + 8][2 * t + 1] + old[3])};
-        memcpy(warp.out[turn][l], sum, 16);
+        memcpy(&warp.out[turn][l][0], &c[g][2 * t], 8), memcpy(&warp.out[turn][l][1], &c[g + 8][2 * t], 8);
     }
 }
 
@@ -274,7 +274,7 @@ Float4 mma_values(Float4 c, uint64_t a01, uint64_t a23, uint64_t b01, bool bf16)
     in[0] = a01, in[1] = a23, in[2] = b01;
     memcpy(in + 3, &c, 16);
     meet(Collective::MMA, nullptr, [turn, bf16](Warp& warp) {
-        bf16 ? multiply<true>(warp, turn) : multiply<false>(warp, turn);
+        multiply_fragments(warp, turn, bf16);
         return true;
     });
     memcpy(&c, warp.out[turn][lane], 16);

@@ -8,6 +8,13 @@
 #include <string>
 #include <vector>
 
+// A program's own variable, not one of a library that is loaded later: a load and no call.
+#ifdef __APPLE__
+#define EMU_TLS
+#else
+#define EMU_TLS __attribute__((tls_model("initial-exec")))
+#endif
+
 namespace emu {
 
 // A device's clock ticks at every barrier and every launch, so a time names one interval of one block between
@@ -16,7 +23,7 @@ using Time = uint32_t;
 
 constexpr int LANES = 32;
 // A lane's stack; the hooks tell by it which accesses are to a thread's own variables.
-constexpr size_t STACK = (size_t)64 << 10;
+constexpr size_t STACK = (size_t)64 << 10, STACK_SPARE = (size_t)16 << 10;
 // Accesses and arrivals in the time of one block. The longest block of a real model (a 128x128 tile of Linear,
 // K = 13824) takes some five million; 67 million take half a second.
 constexpr int64_t STEPS = (int64_t)1 << 26;
@@ -98,8 +105,8 @@ struct Lane {
 struct Warp {
     Block* block;
     Lane* lanes;
-    Lane* resume;  // who runs when the warp runs
-    Time synced;   // the last sync_warp
+    Lane* resume;                    // who runs when the warp runs
+    Time synced;                     // the last sync_warp
     uint8_t first, stride, started;  // the order of lanes in this round; how many have started
     uint8_t arrived;
     uint8_t turn;  // collectives alternate between two sets of slots: a lane may be one collective ahead
@@ -118,9 +125,9 @@ struct Block {
     Memory shared;
     std::vector<Lane> lanes;
     std::vector<Warp> warps;
-    uint32_t waiting, exited;  // warps
-    const Site* barrier;       // where those that wait do
-    Clock known;               // to all its threads
+    uint32_t waiting, exited;        // warps
+    const Site* barrier;             // where those that wait do
+    Clock known;                     // to all its threads
     std::vector<Acquired> acquired;  // since the last barrier, by one thread or warp
 };
 
@@ -175,7 +182,7 @@ struct Device {
 };
 
 // The lane that this OS thread runs; null outside a launch.
-extern thread_local Lane* here __attribute__((tls_model("initial-exec")));
+extern thread_local Lane* here EMU_TLS;
 
 // ---- the parts, to each other ----
 
@@ -215,8 +222,9 @@ void start_block(Block& block, uint32_t number);
 void begin_round(Warp& warp);
 void release_barrier(Block& block);
 
-// Whether an access by `thread` at `time` happened before now, as the present lane may know.
-bool ordered(Time time, Who thread, bool many_lanes, bool many_warps);
+// Whether an access at `time` by `who`, or by more lanes or warps beside it, happened before now, as the present lane
+// may know.
+bool ordered(Time time, Who who, bool many_lanes, bool many_warps);
 void release_and_acquire(const void* counter);
 // What one thread learnt from a ticket reaches its warp by a sync_warp, its block by a barrier.
 void pass_on_to_warp(Warp& warp);

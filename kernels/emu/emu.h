@@ -17,12 +17,10 @@
 #define SHARED(name) unsigned char* const name = (unsigned char*)__builtin_assume_aligned(emu::shared_memory(), 128)
 
 // The arguments are a copy on each thread's stack. Making that copy is not an access of the kernel's.
-#define KERNEL(threads, blocks_per_sm, name, Args)                                                          \
-    static void name(const Args args);                                                                      \
-    __attribute__((no_sanitize("thread"))) static void name##_enter(const void* args) {                    \
-        name(*(const Args*)args);                                                                           \
-    }                                                                                                       \
-    static emu::Kernel name##_kernel(#name, threads, sizeof(Args), name##_enter);                           \
+#define KERNEL(threads, blocks_per_sm, name, Args)                                                                  \
+    static void name(const Args args);                                                                              \
+    __attribute__((no_sanitize("thread"))) static void name##_enter(const void* args) { name(*(const Args*)args); } \
+    static emu::Kernel name##_kernel(#name, threads, sizeof(Args), name##_enter);                                   \
     static void name(const Args args)
 
 #define threadIdx (emu::thread_index())
@@ -66,7 +64,8 @@ uint32_t lanes_where(bool x);
 uint64_t shuffle_bits(uint64_t x, int lane);
 uint64_t shuffle_xor_bits(uint64_t x, int lane_mask);
 
-template <class T> inline T shuffle_with(uint64_t (*bits)(uint64_t, int), T x, int lane) {
+template <class T>
+inline T shuffle_with(uint64_t (*bits)(uint64_t, int), T x, int lane) {
     static_assert(sizeof(T) == 4 || sizeof(T) == 8, "a shuffle moves 32 or 64 bits");
     uint64_t all = 0;
     __builtin_memcpy(&all, &x, sizeof x);
@@ -74,8 +73,14 @@ template <class T> inline T shuffle_with(uint64_t (*bits)(uint64_t, int), T x, i
     __builtin_memcpy(&x, &all, sizeof x);
     return x;
 }
-template <class T> inline T shuffle(T x, int lane) { return shuffle_with(shuffle_bits, x, lane); }
-template <class T> inline T shuffle_xor(T x, int lane_mask) { return shuffle_with(shuffle_xor_bits, x, lane_mask); }
+template <class T>
+inline T shuffle(T x, int lane) {
+    return shuffle_with(shuffle_bits, x, lane);
+}
+template <class T>
+inline T shuffle_xor(T x, int lane_mask) {
+    return shuffle_with(shuffle_xor_bits, x, lane_mask);
+}
 
 // ---- memory ----
 
@@ -89,14 +94,16 @@ void copy16_async(void* shared, const void* global, bool valid);
 void commit_copies();
 void wait_copies(int pending, const char* file, int line);
 
-template <class Vec> inline Vec load16(const void* global) {
+template <class Vec>
+inline Vec load16(const void* global) {
     static_assert(sizeof(Vec) == 16, "");
     Bits128 bits = load_128(global);
     Vec v;
     __builtin_memcpy(&v, &bits, 16);
     return v;
 }
-template <class Vec> inline void store16(void* global, Vec v) {
+template <class Vec>
+inline void store16(void* global, Vec v) {
     static_assert(sizeof(Vec) == 16, "");
     Bits128 bits;
     __builtin_memcpy(&bits, &v, 16);
@@ -131,8 +138,14 @@ inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
 
 // What nvcc declares by itself.
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
-template <class T> inline T min(T a, T b) { return b < a ? b : a; }
-template <class T> inline T max(T a, T b) { return a < b ? b : a; }
+template <class T>
+inline T min(T a, T b) {
+    return b < a ? b : a;
+}
+template <class T>
+inline T max(T a, T b) {
+    return a < b ? b : a;
+}
 
 // The compiler does not instrument calls into the C library: a kernel that made one would go unchecked.
 #pragma GCC poison memcpy memmove memset

@@ -151,12 +151,23 @@ FAULT(last_block) {
     if (threadIdx.x == 0) args.x[0] = sum, *args.counter = 0;
 }
 
-// Two tickets in a row: what the first block did is known to the third through the second.
+// Additions do not race with each other, but with a read.
+FAULT(additions) {
+    SHARED(shared);
+    uint32_t* count = (uint32_t*)shared;
+    if (threadIdx.x == 0) *count = 0;
+    sync_block();
+    add_shared(count, 1);
+    if (!args.fault) sync_block();
+    args.y[global_thread()] = (float)*count;
+}
+
+// What the block that comes first does after its ticket is known by the other counter's ticket only.
 FAULT(relay) {
     if (threadIdx.x) return;
     if (ticket(args.counter, 1) == 0) args.y[0] = 1.0f;
-    uint32_t second = ticket(args.counter + 1, 1);
-    if (second == gridDim.x - 1 || args.fault) args.x[0] = args.y[0];
+    uint32_t second = args.fault ? gridDim.x - 1 : ticket(args.counter + 1, 1);
+    if (second == gridDim.x - 1) args.x[blockIdx.x] = args.y[0];
 }
 
 // ---- asynchronous copies -------------------------------------------------------------------------
@@ -172,10 +183,8 @@ FAULT(copies) {
     commit_copies();
     copy16_async(s + 256 + 4 * t, from, false);
     if (fault != 4) commit_copies();
-    if (fault == 5) {
-        sync_block();
-        if (t == 0) args.x[blockIdx.x * 64] = 2.0f;
-    }
+    if (fault == 5) sync_block();
+    if (fault == 5 && t == 0) args.x[blockIdx.x * 64] = 2.0f;
     if (fault == 6) s[4 * t] = 0.0f;
     if (fault == 3) wait_copies<1>();
     else if (fault != 1) wait_copies<0>();
@@ -204,7 +213,22 @@ FAULT(collectives) {
 // 1: waits for a value that never comes; 2: the same, in step.
 FAULT(never_ends) {
     const volatile float* x = args.x;
-    while (args.fault == 1 && x[0] < 1000.0f) {
-    }
+    while (args.fault == 1 && x[0] < 1000.0f) {}
     while (args.fault == 2 && x[0] < 1000.0f) sync_warp();
 }
+
+// Right as it is; with its mask switched off it reads past the end.
+FAULT(masked) {
+    uint32_t i = global_thread();
+    if (mask(i + 8 < args.n)) args.y[i] = args.x[i + 8];
+}
+
+// With the fault it needs 50 kB of stack.
+template <int n>
+__attribute__((noinline)) static float locals(float x) {
+    volatile float local[n];
+    for (int i = 0; i < n; i += 4) local[i] = x;
+    return warp_sum(local[n - 4]);
+}
+
+FAULT(stack) { args.y[global_thread()] = args.fault ? locals<12500>(1.0f) : locals<16>(1.0f); }

@@ -13,18 +13,12 @@ thread_local Lane* here;
 
 namespace {
 
-constexpr size_t GUARD = (size_t)16 << 10;  // no memory there: a stack that overflows ends the process
-constexpr uint32_t RESIDENT = 3;            // blocks at most at one time
+constexpr size_t STACKS_AT_ONCE = 64;  // in one mapping: there may be thousands, and systems limit mappings
+constexpr uint32_t RESIDENT = 3;       // blocks at most at one time
 
 Kernel*& first_kernel() {
     static Kernel* first;
     return first;
-}
-
-char* map_stack() {
-    char* at = (char*)mmap(nullptr, STACK + GUARD, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (at == (char*)MAP_FAILED || mprotect(at, GUARD, PROT_NONE)) return nullptr;
-    return at + GUARD;
 }
 
 // Starts the next lane of the warp's round; the last one to come has settled the round already.
@@ -62,7 +56,8 @@ bool furnish(Launch& launch, uint32_t slot) {
     Room& room = launch.device->room;
     while (room.blocks.size() <= slot) {
         std::unique_ptr<Block> block(new Block{});
-        void* at = mmap(nullptr, MAX_SHARED, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        void* at =
+            mmap(nullptr, MAX_SHARED, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (at == MAP_FAILED) return false;
         block->shared.base = (unsigned char*)at;
         block->shared.bytes = MAX_SHARED;
@@ -70,10 +65,11 @@ bool furnish(Launch& launch, uint32_t slot) {
         if (!shadow_map(block->shared)) return false;
         room.blocks.push_back(std::move(block));
     }
-    for (size_t i = room.stacks.size(); i < (size_t)(slot + 1) * launch.threads; i++) {
-        char* stack = map_stack();
-        if (!stack) return false;
-        room.stacks.push_back(stack);
+    while (room.stacks.size() < (size_t)(slot + 1) * launch.threads) {
+        void* at = mmap(nullptr, STACKS_AT_ONCE * STACK, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (at == MAP_FAILED) return false;
+        for (size_t i = 0; i < STACKS_AT_ONCE; i++) room.stacks.push_back((char*)at + i * STACK);
     }
     Block& block = *room.blocks[slot];
     block.launch = &launch;
@@ -126,7 +122,7 @@ void run(Launch& launch) {
 }  // namespace
 
 Room::~Room() {
-    for (char* stack : stacks) munmap(stack - GUARD, STACK + GUARD);
+    for (size_t i = 0; i < stacks.size(); i += STACKS_AT_ONCE) munmap(stacks[i], STACKS_AT_ONCE * STACK);
     for (auto& block : blocks) {
         block->shared.bytes = MAX_SHARED;
         shadow_unmap(block->shared);
@@ -281,7 +277,8 @@ const char* emu_kernel(size_t i) {
     return k ? k->name : nullptr;
 }
 
-int emu_launch(emu_device* d, const char* name, const uint32_t grid[3], uint32_t block, uint32_t shared, const void* args, size_t args_bytes) {
+int emu_launch(emu_device* d, const char* name, const uint32_t grid[3], uint32_t block, uint32_t shared,
+               const void* args, size_t args_bytes) {
     auto refuse = [&](const std::string& why) {
         d->error = std::string("launch of ") + name + ": " + why;
         return 1;
@@ -290,12 +287,17 @@ int emu_launch(emu_device* d, const char* name, const uint32_t grid[3], uint32_t
     while (kernel && strcmp(kernel->name, name)) kernel = kernel->next;
     if (!kernel) return refuse("there is no such kernel");
     if (!block || block % LANES || block > kernel->threads || block > 1024)
-        return refuse("blocks of " + std::to_string(block) + " threads; it takes whole warps, " + std::to_string(kernel->threads) + " threads at most");
+        return refuse("blocks of " + std::to_string(block) + " threads; it takes whole warps, " +
+                      std::to_string(kernel->threads) + " threads at most");
     if (args_bytes != kernel->args_bytes)
-        return refuse(std::to_string(args_bytes) + " bytes of arguments, the kernel has " + std::to_string(kernel->args_bytes));
-    if (shared > MAX_SHARED) return refuse(std::to_string(shared) + " bytes of shared memory; 232448 are the most any device has");
-    if (!grid[0] || !grid[1] || !grid[2] || grid[1] > 65535 || grid[2] > 65535 || (uint64_t)grid[0] * grid[1] * grid[2] > 0x7fffffff)
-        return refuse("a grid of " + std::to_string(grid[0]) + "x" + std::to_string(grid[1]) + "x" + std::to_string(grid[2]) + " blocks");
+        return refuse(std::to_string(args_bytes) + " bytes of arguments, the kernel has " +
+                      std::to_string(kernel->args_bytes));
+    if (shared > MAX_SHARED)
+        return refuse(std::to_string(shared) + " bytes of shared memory; 232448 are the most any device has");
+    if (!grid[0] || !grid[1] || !grid[2] || grid[1] > 65535 || grid[2] > 65535 ||
+        (uint64_t)grid[0] * grid[1] * grid[2] > 0x7fffffff)
+        return refuse("a grid of " + std::to_string(grid[0]) + "x" + std::to_string(grid[1]) + "x" +
+                      std::to_string(grid[2]) + " blocks");
     if (d->now > 0xc0000000u) forget_times(d);
     // A copy, aligned as the GPU's constant bank is, so that the kernel cannot see the caller's bytes change.
     alignas(64) unsigned char copy[4096];

@@ -33,7 +33,8 @@ Memory* whole(Device* d, const void* at, size_t n, const char* verb) {
     if (m && p >= m->base && (size_t)(p - m->base) <= m->bytes && n <= m->bytes - (size_t)(p - m->base)) return m;
     char text[200];
     snprintf(text, sizeof text, "%s %zu bytes at %p: ", verb, n, at);
-    failed(d, text + (m ? "not within " + m->what + " (" + std::to_string(m->bytes) + " bytes)" : std::string("no memory of this device")));
+    failed(d, text + (m ? "not within " + m->what + " (" + std::to_string(m->bytes) + " bytes)"
+                        : std::string("no memory of this device")));
     return nullptr;
 }
 
@@ -152,7 +153,8 @@ void emu_free(emu_device* d, void* at) {
     if (!m || m->base != at) return;
     size_t slot = (size_t)((unsigned char*)at - d->space) / SLOT;
     unsigned char* begin = d->space + slot * SLOT;
-    mmap(begin, whole_pages((size_t)(m->base - begin) + m->bytes), PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+    mmap(begin, whole_pages((size_t)(m->base - begin) + m->bytes), PROT_NONE,
+         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
     for (; slot < d->slots && d->table[slot] == m; slot++) d->table[slot] = nullptr;
     shadow_unmap(*m);
     delete m;
@@ -172,8 +174,8 @@ int emu_download(emu_device* d, void* to, const void* from, size_t n) {
     size_t offset = (size_t)((const unsigned char*)from - m->base);
     for (size_t i = offset; i < offset + n && !d->allow_unwritten; i++)
         if (!is_written(*m, i))
-            return failed(d, "download of " + std::to_string(n) + " bytes at offset " + std::to_string(offset) + " of " + m->what +
-                                 ": nothing has written the byte at offset " + std::to_string(i));
+            return failed(d, "download of " + std::to_string(n) + " bytes at offset " + std::to_string(offset) +
+                                 " of " + m->what + ": nothing has written the byte at offset " + std::to_string(i));
     if (n) memcpy(to, from, n);
     return 0;
 }
@@ -182,7 +184,8 @@ int emu_copy(emu_device* d, void* to, const void* from, size_t n) {
     Memory* source = whole(d, from, n, "copy from");
     Memory* target = source ? whole(d, to, n, "copy to") : nullptr;
     if (!target) return 1;
-    size_t read = (size_t)((const unsigned char*)from - source->base), write = (size_t)((unsigned char*)to - target->base);
+    size_t read = (size_t)((const unsigned char*)from - source->base),
+           write = (size_t)((unsigned char*)to - target->base);
     std::vector<bool> written(n);
     for (size_t i = 0; i < n; i++) written[i] = is_written(*source, read + i);
     memmove(to, from, n);

@@ -18,7 +18,8 @@ bool covers(const Clock& clock, uint32_t block, Time time, Who thread, bool lane
 // Of one thread, the latest word is enough: each of its words covers those before.
 void join(Clock& into, const Clock& more) {
     for (const Known& k : more) {
-        auto same = std::find_if(into.begin(), into.end(), [&](const Known& o) { return o.block == k.block && o.thread == k.thread; });
+        auto same = std::find_if(into.begin(), into.end(),
+                                 [&](const Known& o) { return o.block == k.block && o.thread == k.thread; });
         if (same == into.end()) into.push_back(k);
         else if (same->time < k.time) *same = k;
     }
@@ -30,7 +31,8 @@ bool knows(const Acquired& a, const Lane& lane) {
 
 }  // namespace
 
-bool ordered(Time time, Who thread, bool many_lanes, bool many_warps) {
+bool ordered(Time time, Who who, bool many_lanes, bool many_warps) {
+    const Who thread = who & THREAD;
     const Lane& me = *here;
     const Block& block = *me.block;
     const Launch& launch = *block.launch;

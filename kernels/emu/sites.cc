@@ -31,13 +31,14 @@ struct Entry {
     const char* kind;
     const Site* site;
 };
-thread_local Entry seen[256] __attribute__((tls_model("initial-exec")));
+thread_local Entry seen[256] EMU_TLS;
 
 }  // namespace
 
 const Site* site(const char* file, int line, const char* kind) {
     Entry& e = seen[((uintptr_t)file / 8 ^ (uintptr_t)kind ^ (uintptr_t)line * 7) % 256];
-    if (__builtin_expect(e.file != file || e.line != line || e.kind != kind, 0)) e = {file, line, kind, find_or_add(file, line, kind)};
+    if (__builtin_expect(e.file != file || e.line != line || e.kind != kind, 0))
+        e = {file, line, kind, find_or_add(file, line, kind)};
     return e.site;
 }
 

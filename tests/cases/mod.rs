@@ -8,6 +8,8 @@
 //! it when they are made, so that an oracle in f64 sees what the device sees, and results are widened again.
 
 pub mod bounds;
+#[allow(dead_code, reason = "each test program uses a part")]
+pub mod sampling;
 mod table;
 
 #[allow(unused_imports, reason = "each test program uses a part")]

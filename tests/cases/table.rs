@@ -106,13 +106,36 @@ pub fn edges() -> Vec<Case> {
         cases.push(Case { op: WIDE, ..linear(3, &[n], k, f16, Activation::None, false, false) });
     }
     cases.push(gated(18, 136, 2048, f16, true));
-    for (rows, cols) in [(577, 8), (2, 4096), (3, 5120), (2, 11008)] {
+    // Every size of a decode batch, with more of K than sixteen warps take at once.
+    for m in [1, 2, 3, 4, 5, 6, 7, 8, 9, 17] {
+        cases.push(linear(m, &[9, 8], 2056, bf16, Activation::None, m % 2 == 0, m % 3 == 0));
+        cases.push(gated(m, 9, 2056, f16, m % 2 == 0));
+    }
+    cases.push(linear(3, &[9], 11008, bf16, Activation::None, false, false));
+    // Rows wider than the threads of a block can hold come in vectors (8200) and in single elements (1030).
+    for (rows, cols) in [(577, 8), (3, 1030), (2, 4096), (3, 5120), (2, 8200), (2, 11008)] {
         let norm = |op, ins: usize, weights: usize| {
             case(op, vec![f32s(Rows::Tokens, cols); ins], vec![[1, cols]; weights], tokens(rows))
         };
         cases.push(norm(Op::LayerNorm { eps: 1e-5 }, 1, 2));
         cases.push(norm(Op::RmsNorm { eps: 1e-6 }, 1, 1));
         cases.push(norm(Op::AddRmsNorm { eps: 1e-5 }, 2, 1));
+        cases.push(norm(Op::L2Normalize, 1, 0));
+    }
+    // More columns than a block copies at once; operands side by side that leave each other unaligned.
+    for cols in [[2056, 2056], [263, 300], [5, 8]] {
+        let index = TensorType::i32(Rows::Tokens, 1);
+        let ins = vec![index, index, f32s(Rows::Tokens, cols[0])];
+        cases.push(case(Op::EmbedRows, ins, vec![[11, cols[0]]], tokens(6)));
+        let ins = cols.map(|cols| f32s(Rows::PerImage(4), cols)).to_vec();
+        for select in [Select::All, Select::Patches { rows: 4 }] {
+            cases.push(case(
+                Op::SelectRows { select },
+                ins.clone(),
+                vec![],
+                Bindings { images: 2, ..tokens(0) },
+            ));
+        }
     }
     for head_dim in (8..=128).step_by(8) {
         cases.push(attention(1, 17, 2, head_dim, false));

@@ -25,7 +25,7 @@ struct Args {
     heads: u32,
     kv_heads: u32,
     head_dim: u32,
-    blocks_per_row: u32,
+    unused: u32,
 }
 const _: () = assert!(size_of::<Args>() == 72);
 
@@ -45,7 +45,6 @@ pub unsafe fn rope_append(device: &Device, call: &Call<'_>) -> Result<()> {
     debug_assert!([qkv, k, v].iter().all(|view| view.dtype == device.dtype()) && table.dtype == DType::F32);
     let half = head_dim / 2;
     let pieces = half / if half.is_multiple_of(VECTOR) { VECTOR } else { 1 };
-    let blocks_per_row = ((heads + 2 * kv_heads) * pieces).div_ceil(THREADS) as u32;
     let args = Args {
         qkv: qkv.addr,
         positions: positions.addr,
@@ -57,9 +56,10 @@ pub unsafe fn rope_append(device: &Device, call: &Call<'_>) -> Result<()> {
         heads: heads as u32,
         kv_heads: kv_heads as u32,
         head_dim: head_dim as u32,
-        blocks_per_row,
+        unused: 0,
     };
-    let grid = [qkv.rows as u32 * blocks_per_row, 1, 1];
+    let items = (heads + 2 * kv_heads) * pieces;
+    let grid = [qkv.rows as u32, items.div_ceil(THREADS) as u32, 1];
     let launch = Launch { kernel: "rope_append", grid, block: THREADS as u32, shared: 0 };
     // SAFETY: the caller's obligation.
     unsafe { device.launch(launch, &args) }

@@ -7,7 +7,8 @@
 //              position 1 + i. Row 0 is multiplied too, as zeros: one row in 577, for one kind of row.
 //   grid, block, reduction order: gemm.cuh
 //
-// Floor: 2 M D 3 P P FLOP, 0.2 % of a ViT-L/14's encoder: one tile shape does.
+// Floor: 2 M D 3 P P FLOP: 0.9 us of an H200 at 790 TFLOP/s for ViT-L/14 at 336 pixels, 0.2 % of its encoder. So one
+// tile shape does.
 #include "gemm.cuh"
 
 struct PatchArgs {

@@ -1,4 +1,4 @@
-//! Do the tests of kernels bite? Every barrier, wait, fence, ticket and bounds check in a kernel file is a numbered
+//! Do the tests of kernels bite? Every barrier, wait, ticket and bounds check in a kernel file is a numbered
 //! site that the emulated device can switch off. Each such mutant must be caught by a case: the device
 //! reports a fault, or a result is another. One that is not is superfluous, and goes, or stands below with its reason.
 #![cfg(feature = "emu")]

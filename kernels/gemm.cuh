@@ -44,9 +44,11 @@ template <int ROWS_, int COLS_, int DEPTH_, int STAGES_, int WARPS_M_, int WARPS
     static constexpr int STAGED = WARP_COLS % 32 == 0 ? WARP_COLS + 16 : WARP_COLS;
     static constexpr int SHARED_BYTES = STAGES * SLOT;
 
-    static_assert(ROWS % WARPS_M_ == 0 && COLS % WARPS_N_ == 0 && WARP_ROWS % 16 == 0 && WARP_COLS % 16 == 0, "whole fragments");
+    static_assert(WARP_ROWS * WARPS_M_ == ROWS && WARP_COLS * WARPS_N_ == COLS, "whole warps");
+    static_assert(WARP_ROWS % 16 == 0 && WARP_COLS % 16 == 0, "whole fragments");
     static_assert((DEPTH == 32 || DEPTH == 64) && K_UNIT % DEPTH == 0, "whole blocks in a unit of K");
     static_assert(PASS % 16 == 0, "a thread's rows of all passes are dealt and swizzled alike");
+    static_assert(STAGED % 32 == 16, "eight lanes store eight different 16-byte groups of banks: two rows of four");
     static_assert(WARPS * 16 * STAGED * 4 <= SHARED_BYTES, "staged results fit where the operands were");
     static_assert(SHARED_BYTES <= 99 * 1024, "what a block of sm_86, 89 and 120 may have");
 };
@@ -58,13 +60,13 @@ template <int CHUNKS> DEVICE constexpr uint32_t swizzle(uint32_t row, uint32_t c
 }
 
 // The row of W that row `s` of a slot holds, both from the tile's first: of sixteen, 0 1 4 5 8 9 12 13 and then
-// 2 3 6 7 10 11 14 15. So a thread's columns 2t, 2t+1 in two neighbouring 8-column products are columns 4t .. 4t+3 of y:
-// 16 bytes in f32, and whole sectors for the four lanes of a row.
+// 2 3 6 7 10 11 14 15. So a thread's columns 2t, 2t+1 in two neighbouring 8-column products are columns 4t .. 4t+3 of
+// y: 16 bytes in f32, and gate and up of two features.
 DEVICE constexpr uint32_t dealt(uint32_t s) {
     return s / 16 * 16 + s % 8 / 2 * 4 + s / 8 % 2 * 2 + s % 2;
 }
 
-// Whether eight rows from `row` on at one chunk lie in eight different 16-byte groups of banks, for all rows and chunks.
+// Whether eight neighbouring rows at one chunk lie in eight different 16-byte groups of banks, whichever they are.
 template <int CHUNKS> constexpr bool conflict_free() {
     for (uint32_t row = 0; row < 64; row += 8)
         for (uint32_t chunk = 0; chunk < CHUNKS; chunk++) {
@@ -175,13 +177,14 @@ template <class T> struct Matrix {
     uint32_t stride;  // elements from row to row
 };
 
-// One slice of one tile. X is the Matrix of rows, or whatever has gather(row, k): columns k .. k+8 of a row, zeros outside.
+// One slice of one tile. X is the Matrix of rows, or whatever has gather(row, k): columns k .. k+8 of a row, zeros
+// outside.
 template <class T, class Tile, class X> struct Pipeline {
     const X& x;
     const Matrix<T>& w;
     unsigned char* shared;
-    uint32_t first_row, first_col;  // of the tile
-    uint32_t begin;                 // of the slice, in K
+    Place first;     // of the tile, in y
+    uint32_t begin;  // of the slice, in K
 
     DEVICE unsigned char* slot(uint32_t i) const { return shared + i * Tile::SLOT; }
 
@@ -190,13 +193,15 @@ template <class T, class Tile, class X> struct Pipeline {
         const uint32_t chunk = threadIdx.x % Tile::CHUNKS, row = threadIdx.x / Tile::CHUNKS;
         const uint32_t k = begin + block * Tile::DEPTH + chunk * 8;
         unsigned char* at = slot(to) + swizzle<Tile::CHUNKS>(row, chunk);
-        if constexpr (X::ASYNC) copy<Tile::ROWS>(at, x, row, first_row + row, k);
-        copy<Tile::COLS>(at + Tile::ROWS * Tile::ROW, w, row, first_col + dealt(row), k);
-        if constexpr (!X::ASYNC) gather(at, first_row + row, k);
+        if constexpr (X::ASYNC) copy<Tile::ROWS>(at, x, row, first.row + row, k);
+        copy<Tile::COLS>(at + Tile::ROWS * Tile::ROW, w, row, first.col + dealt(row), k);
+        if constexpr (!X::ASYNC) gather(at, first.row + row, k);
     }
 
-    // This thread's pieces of the operand's share of a slot, COUNT rows, from its row `row` and the operand's row `first`.
-    template <int COUNT> DEVICE static void copy(unsigned char* to, const Matrix<T>& from, uint32_t row, uint32_t first, uint32_t k) {
+    // This thread's pieces of an operand's share of a slot, which is COUNT rows: row `row` of it, row `first` of the
+    // operand, and every PASS further.
+    template <int COUNT>
+    DEVICE static void copy(unsigned char* to, const Matrix<T>& from, uint32_t row, uint32_t first, uint32_t k) {
         const T* data = from.data + (int64_t)first * from.stride + k;
         const int left = mask(k < from.depth) ? (int)from.rows - (int)first : 0;  // rows that exist from `first` on
 #pragma unroll
@@ -220,11 +225,11 @@ template <class T, class Tile, class X> struct Pipeline {
         const uint32_t x_row = warp / Tile::WARPS_N * Tile::WARP_ROWS + lane % 16;
         const uint32_t w_row = warp % Tile::WARPS_N * Tile::WARP_COLS + lane / 16 * 8 + lane % 8;
         const unsigned char* x_at = slot(from) + (swizzle<Tile::CHUNKS>(x_row, lane / 16) ^ step * 32);
-        const unsigned char* w_at = slot(from) + Tile::ROWS * Tile::ROW + (swizzle<Tile::CHUNKS>(w_row, lane / 8 % 2) ^ step * 32);
+        const unsigned char* w_at = slot(from) + (swizzle<Tile::CHUNKS>(w_row, lane / 8 % 2) ^ step * 32);
 #pragma unroll
         for (int i = 0; i < Tile::M16; i++) load_matrices(f.x[i], x_at + 16 * i * Tile::ROW);
 #pragma unroll
-        for (int j = 0; j < Tile::N16; j++) load_matrices(f.w[j], w_at + 16 * j * Tile::ROW);
+        for (int j = 0; j < Tile::N16; j++) load_matrices(f.w[j], w_at + (Tile::ROWS + 16 * j) * Tile::ROW);
     }
 
     DEVICE static void multiply(Sums<Tile>& c, const Fragments<Tile>& f) {
@@ -251,12 +256,13 @@ template <class T, class Tile, class X> struct Pipeline {
 #pragma unroll 1
         for (uint32_t block = 0; block < blocks; block++) {
             // Nobody reads the slot of the block before any more: its last fragments were loaded before the barrier.
-            if (block + Tile::STAGES - 1 < blocks) fill(now == 0 ? Tile::STAGES - 1 : now - 1, block + Tile::STAGES - 1);
+            const uint32_t later = block + Tile::STAGES - 1;
+            if (later < blocks) fill(now == 0 ? Tile::STAGES - 1 : now - 1, later);
             commit_copies();
 #pragma unroll
             for (int step = 0; step < Tile::STEPS; step++) {
                 if (step + 1 == Tile::STEPS) {
-                    // After the last block the same slot is read once more, for nothing: a branch around it costs registers.
+                    // After the last block its slot is read once more, for nothing: a branch would cost registers.
                     if (block + 1 < blocks) now = now + 1 == Tile::STAGES ? 0 : now + 1;
                     wait_copies<Tile::STAGES - 2>();
                     sync_block();
@@ -269,9 +275,10 @@ template <class T, class Tile, class X> struct Pipeline {
     }
 };
 
-// Replaces c by the sum of all slices of tile `tile`, in the block of the slice that arrives last, and says whether this
-// is it. Partial sums lie as the threads hold them: 16 bytes of each, side by side.
-template <class Tile> DEVICE bool combine(Sums<Tile>& c, const GemmArgs& args, uint32_t tile, unsigned char* shared) {
+// Replaces c by the sum of all slices of tile `tile`, in the block of the slice that arrives last, and says whether
+// this is it. Partial sums lie as the threads hold them: 16 bytes of each, side by side.
+template <class Tile>
+DEVICE bool combine(Sums<Tile>& c, const GemmArgs& args, uint32_t tile, unsigned char* shared) {
     constexpr int GROUPS = Tile::M16 * Tile::N16 * 2;  // of four floats of a thread
     const int64_t slice = (int64_t)gridDim.x * Tile::ROWS * Tile::COLS;
     float* mine = args.partials + ((int64_t)tile * GROUPS * Tile::THREADS + threadIdx.x) * 4;
@@ -305,11 +312,12 @@ template <class Tile> DEVICE bool combine(Sums<Tile>& c, const GemmArgs& args, u
 // Hands the sums to `out`, four neighbouring columns of a row at a time, neighbouring lanes neighbouring columns. Each
 // warp lays sixteen rows at a time down in shared memory for that: the loop over what becomes of them stays rolled
 // (unrolled over a thread's 128 sums, an erf each, it would be 100 KB of code), and global accesses are whole sectors.
-template <class Tile, class Output> DEVICE void write(const Sums<Tile>& c, const Output& out, uint32_t first_row, uint32_t first_col, unsigned char* shared) {
+template <class Tile, class Output>
+DEVICE void write(const Sums<Tile>& c, const Output& out, Place first, unsigned char* shared) {
     const uint32_t lane = lane_id();
     float* stage = (float*)shared + warp_id() * 16 * Tile::STAGED;
-    first_row += warp_id() / Tile::WARPS_N * Tile::WARP_ROWS;
-    first_col += warp_id() % Tile::WARPS_N * Tile::WARP_COLS;
+    first.row += warp_id() / Tile::WARPS_N * Tile::WARP_ROWS;
+    first.col += warp_id() % Tile::WARPS_N * Tile::WARP_COLS;
 #pragma unroll 1
     for (int i = 0; i < Tile::M16; i++) {
 #pragma unroll
@@ -328,29 +336,33 @@ template <class Tile, class Output> DEVICE void write(const Sums<Tile>& c, const
         for (uint32_t at = lane; at < 16 * Tile::WARP_COLS / 4; at += WARP) {
             uint32_t row = at / (Tile::WARP_COLS / 4), col = at % (Tile::WARP_COLS / 4) * 4;
             Vec16 v = *(const Vec16*)(stage + row * Tile::STAGED + col);
-            float y[4] = {bits_to_float(v.word[0]), bits_to_float(v.word[1]), bits_to_float(v.word[2]), bits_to_float(v.word[3])};
-            out.write(first_row + 16 * i + row, first_col + col, y);
+            float y[4];
+#pragma unroll
+            for (int e = 0; e < 4; e++) y[e] = bits_to_float(v.word[e]);
+            out.write(first.row + 16 * i + row, first.col + col, y);
         }
         sync_warp();
     }
 }
 
-// The whole of a block: X as for Pipeline; out.write(row, col, y) finishes and stores y[0..4], columns col .. col+4 of a
-// row, either of which may be outside.
+// The whole of a block: X as for Pipeline; out.write(row, col, y) finishes and stores y[0..4], columns col .. col+4 of
+// a row, either of which may be outside.
 template <class T, class Tile, class X, class Output>
 DEVICE void gemm(const GemmArgs& args, const X& x, const Output& out) {
     SHARED(shared);
-    const uint32_t tile_rows = (args.rows + Tile::ROWS - 1) / Tile::ROWS, tile_cols = (args.cols + Tile::COLS - 1) / Tile::COLS;
-    const Place at = place(blockIdx.x, tile_rows, tile_cols, args.group);
+    const uint32_t tile_rows = (args.rows + Tile::ROWS - 1) / Tile::ROWS;
+    const uint32_t tile_cols = (args.cols + Tile::COLS - 1) / Tile::COLS;
+    const Place tile = place(blockIdx.x, tile_rows, tile_cols, args.group);
+    const Place first = {tile.row * Tile::ROWS, tile.col * Tile::COLS};
     const uint32_t units = (args.depth + K_UNIT - 1) / K_UNIT;
     const uint32_t begin = units * blockIdx.y / args.slices * K_UNIT;
     const uint32_t next = units * (blockIdx.y + 1) / args.slices * K_UNIT;
     const uint32_t end = next < args.depth ? next : args.depth;
 
     const Matrix<T> w = {(const T*)args.w, args.cols, args.ldw, args.ldw};
-    Pipeline<T, Tile, X> pipeline = {x, w, shared, at.row * Tile::ROWS, at.col * Tile::COLS, begin};
     Sums<Tile> c = {};
+    const Pipeline<T, Tile, X> pipeline = {x, w, shared, first, begin};
     pipeline.run(c, (end - begin + Tile::DEPTH - 1) / Tile::DEPTH);
     if (args.slices > 1 && !combine<Tile>(c, args, blockIdx.x, shared)) return;
-    write<Tile>(c, out, pipeline.first_row, pipeline.first_col, shared);
+    write<Tile>(c, out, first, shared);
 }

@@ -5,7 +5,10 @@
 //   y         T [M, N], f32 [M, N] if wide, T [M, N/2] if gated
 //   grid      (tiles, slices of K), the tile's warps; reduction order: gemm.cuh
 //
-// Floor: 2 M N K FLOP at the tensor cores' rate; at few rows the N K elements of W at DRAM's.
+// Floor: 2 M N K FLOP at the tensor cores' rate; at few rows the N K elements of W at DRAM's. Of an H200 at 790 TFLOP/s,
+// in us: CLIP ViT-L with 577 rows: qkv 4.6, out 1.5, fc1 6.1, fc2 6.1; LLaMA-7B with 640: qkv 82, out 27, gate and up
+// 146, down 73. mma.sync issues at about two thirds of that rate on sm_90. What the choice of tiles loses to waves that
+// are not full is in backend/cuda/tile.rs.
 #include "gemm.cuh"
 
 struct LinearArgs {

@@ -19,7 +19,7 @@
 // The block's dynamic shared memory, aligned to 128 bytes.
 #define SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 
-// Where in the source a barrier, wait, fence or mask stands: the emulated device can switch each one off,
+// Where in the source a barrier, wait, ticket or mask stands: the emulated device can switch each one off,
 // to see whether a test notices. On a GPU it is nothing.
 #define SITE
 #define SITE_ONLY
@@ -195,7 +195,7 @@ DEVICE Vec16 load16(const void* global) {
 // the aligned 256 bytes around them.
 DEVICE Vec16 load16_stream(const void* global) {
 #ifdef EMU
-    return emu::load16<Vec16>(global);
+    return emu::load16_stream<Vec16>(global);
 #else
     Vec16 v;
     asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -212,15 +212,6 @@ DEVICE void store16(void* global, Vec16 v) {
     asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(global), "r"(v.word[0]), "r"(v.word[1]),
                  "r"(v.word[2]), "r"(v.word[3])
                  : "memory");
-#endif
-}
-
-// Makes this thread's earlier writes visible to the device before its later ones.
-DEVICE void fence_device(SITE_ONLY) {
-#ifdef EMU
-    emu::fence_device(EMU_SITE);
-#else
-    asm volatile("fence.acq_rel.gpu;" ::: "memory");
 #endif
 }
 

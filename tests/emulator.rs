@@ -73,7 +73,7 @@ fn planted(device: &Device, name: &str, fault: u32) -> Result<(), String> {
 
 /// Kernel, fault, and one of the texts with which it is told. Where two threads meet in a race, the order decides
 /// whether the one reads what is not written yet or what is written beside it.
-const PLANTED: [(&str, u32, &[&str]); 44] = [
+const PLANTED: [(&str, u32, &[&str]); 45] = [
     ("past_the_end", 1, &["reads 4 bytes, 0 past the end of `x` (1024 bytes)"]),
     ("before_the_beginning", 1, &["reads 4 bytes, 4 before `x`"]),
     ("stray", 1, &["which is no memory of this device"]),
@@ -98,6 +98,7 @@ const PLANTED: [(&str, u32, &[&str]); 44] = [
     ("last_block", 4, &["`counter`, which thread 0"]),
     ("additions", 1, &["race: adds", "race: reads"]),
     ("relay", 1, &["of `y`"]),
+    ("stream", 1, &["of `y` that this launch has written"]),
     ("copies", 1, &["where an asynchronous copy of thread"]),
     ("copies", 2, &["asynchronous copy", "race: reads", "that nothing has written"]),
     ("copies", 3, &["where an asynchronous copy of thread"]),

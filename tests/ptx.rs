@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// Instructions that primitives are made of, by how they begin.
-const WANTED: [&str; 16] = [
+const WANTED: [&str; 15] = [
     "atom.",
     "bar.",
     "cp.async",
@@ -16,7 +16,6 @@ const WANTED: [&str; 16] = [
     "cvt.rn.bf16",
     "cvt.rn.f16",
     "ex2.",
-    "fence.",
     "ldmatrix.",
     "mma.",
     "rcp.",

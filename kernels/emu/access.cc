@@ -18,8 +18,8 @@ struct Access {
     uint32_t block = launch.owner[time - launch.start];
     char other[48] = "";
     if (block != here->block->number) snprintf(other, sizeof other, " of block %u", block);
-    fault("race: %s %zu bytes at offset %zu of %s, which thread %u%s %s with no barrier, ticket or fence between",
-          a.verb, a.bytes, a.offset, a.m.what.c_str(), who & THREAD, other, did);
+    fault("race: %s %zu bytes at offset %zu of %s, which thread %u%s %s with no barrier or ticket between", a.verb,
+          a.bytes, a.offset, a.m.what.c_str(), who & THREAD, other, did);
 }
 
 [[noreturn]] __attribute__((noinline, cold)) void unreadable(const Access& a, size_t cell, size_t cells) {
@@ -118,8 +118,7 @@ __attribute__((always_inline)) inline void touch(Memory& m, size_t offset, size_
 }
 
 // Any length and alignment, as the compiler's merged accesses have them: by cells, and bytes at the ends.
-template <bool writes>
-void touch_range(Memory& m, size_t offset, size_t bytes, Time quiet, const Lane& me) {
+template <bool writes> void touch_range(Memory& m, size_t offset, size_t bytes, Time quiet, const Lane& me) {
     while (bytes) {
         size_t n = offset % 2 || bytes == 1 ? 1 : 2;
         touch<writes>(m, offset, n, quiet, me);
@@ -165,8 +164,21 @@ void check_alignment(const void* at, size_t n) {
 void read_shared(const void* at, size_t n) {
     n == 16 ? access<false, 16, Where::SHARED>(at) : access<false, 0, Where::SHARED>(at, n);
 }
-void read_global(const void* at, size_t) { access<false, 16, Where::GLOBAL>(at); }
-void write_global(void* at, size_t) { access<true, 16, Where::GLOBAL>(at); }
+void read_global(const void* at) { access<false, 16, Where::GLOBAL>(at); }
+void write_global(void* at) { access<true, 16, Where::GLOBAL>(at); }
+
+void read_stream(const void* at) {
+    access<false, 16, Where::GLOBAL>(at);
+    const Launch& launch = *here->block->launch;
+    Memory& m = *launch.device->find(at);
+    size_t offset = (size_t)((const unsigned char*)at - m.base);
+    for (size_t i = offset / 2; i < offset / 2 + 8; i++)
+        if (m.wrote[i] >= launch.start)
+            fault(
+                "streams 16 bytes at offset %zu of %s that this launch has written: a cache may hold what was there "
+                "before",
+                offset, m.what.c_str());
+}
 
 void begin_copy(void* to) {
     access<true, 16, Where::SHARED>(to);

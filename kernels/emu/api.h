@@ -45,9 +45,10 @@ const char* emu_error(const emu_device*);
 // Whether emu_download may read unwritten bytes.
 void emu_allow_unwritten(emu_device*, int allow);
 
-// Sites: every barrier, wait, fence, ticket and mask in the source that any launch of this process has reached,
+// Sites: every barrier, wait, ticket and mask in the source that any launch of this process has reached,
 // numbered in the order of discovery: "kernels/linear.cu:123 barrier". Each can be switched off on a device, to
-// see whether a test notices: the barrier does not wait, the mask says yes, and so on. -1: none is off.
+// see whether a test notices: barriers and waits do not wait, tickets count but order nothing, masks say yes.
+// -1: none is off.
 size_t emu_sites(void);
 const char* emu_site(size_t site);
 void emu_switch_off(emu_device*, int site);

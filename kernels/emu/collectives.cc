@@ -11,10 +11,13 @@ const char* name_of(Collective c) {
     switch (c) {
         case Collective::BLOCK_BARRIER: return "sync_block";
         case Collective::WARP_BARRIER: return "sync_warp";
-        case Collective::SHUFFLE: return "a shuffle";
+        case Collective::SHUFFLE: return "shuffle";
+        case Collective::SHUFFLE_XOR: return "shuffle_xor";
         case Collective::BALLOT: return "lanes_where";
         case Collective::LOAD_MATRICES: return "load_matrices";
-        case Collective::MMA: return "mma";
+        case Collective::LOAD_TRANSPOSED: return "load_matrices_transposed";
+        case Collective::MMA_BF16: return "mma<bf16>";
+        case Collective::MMA_F16: return "mma<f16>";
     }
     return "";
 }
@@ -26,8 +29,7 @@ const char* name_of(Collective c) {
 }
 
 // All lanes of a warp come together; `work` is done by the last, and says whether the warp then goes on.
-template <class Work>
-__attribute__((always_inline)) inline void meet(Collective at, const Site* site, Work work) {
+template <class Work> __attribute__((always_inline)) inline void meet(Collective at, const Site* site, Work work) {
     Lane* me = here;
     Warp& warp = *me->warp;
     Launch& launch = *me->block->launch;
@@ -108,8 +110,6 @@ void sync_warp(const char* file, int line) {
 
 bool mask(bool inside, const char* file, int line) { return inside || off(enter(file, line, "mask")); }
 
-void fence_device(const char* file, int line) { enter(file, line, "fence"); }
-
 uint32_t ticket(uint32_t* counter, uint32_t add, const char* file, int line) {
     const Site* s = enter(file, line, "ticket");
     yield();  // others may come first
@@ -126,25 +126,21 @@ uint32_t ticket(uint32_t* counter, uint32_t add, const char* file, int line) {
 
 namespace {
 
-template <class Source>
-inline uint64_t exchange(uint64_t x, int argument, Source source) {
+uint64_t exchange(Collective at, uint64_t x, int from) {
     Lane* me = here;
     Warp& warp = *me->warp;
-    int turn = warp.turn, lane = me->thread % LANES;
-    warp.in[turn][lane][0] = x;
-    int from = source(lane, argument);
-    meet(Collective::SHUFFLE, nullptr, [](Warp&) { return true; });
-    return warp.in[turn][from][0];
+    int turn = warp.turn;
+    warp.in[turn][me->thread % LANES][0] = x;
+    meet(at, nullptr, [](Warp&) { return true; });
+    return warp.in[turn][from & (LANES - 1)][0];
 }
 
 }  // namespace
 
-uint64_t shuffle_bits(uint64_t x, int lane) {
-    return exchange(x, lane, [](int, int lane) { return lane & (LANES - 1); });
-}
+uint64_t shuffle_bits(uint64_t x, int lane) { return exchange(Collective::SHUFFLE, x, lane); }
 
 uint64_t shuffle_xor_bits(uint64_t x, int lane_mask) {
-    return exchange(x, lane_mask, [](int lane, int mask) { return (lane ^ mask) & (LANES - 1); });
+    return exchange(Collective::SHUFFLE_XOR, x, here->thread ^ lane_mask);
 }
 
 uint32_t lanes_where(bool x) {
@@ -164,14 +160,21 @@ uint32_t lanes_where(bool x) {
 // ---- memory --------------------------------------------------------------------------------------
 
 Bits128 load_128(const void* global) {
-    read_global(global, 16);
+    read_global(global);
+    Bits128 x;
+    memcpy(&x, global, 16);
+    return x;
+}
+
+Bits128 load_128_stream(const void* global) {
+    read_stream(global);
     Bits128 x;
     memcpy(&x, global, 16);
     return x;
 }
 
 void store_128(void* global, Bits128 x) {
-    write_global(global, 16);
+    write_global(global);
     memcpy(global, &x, 16);
 }
 
@@ -184,7 +187,7 @@ void copy16_async(void* shared, const void* global, bool valid) {
     begin_copy(shared);
     Copy issued{(unsigned char*)shared, valid ? global : nullptr, me.groups, false, {}};
     if (valid) {
-        read_global(global, 16);
+        read_global(global);
         memcpy(issued.issued, global, 16);
     }
     me.copies.push_back(issued);
@@ -224,7 +227,7 @@ Bits128 load_matrices_bits(const void* shared_row, bool transposed) {
     check_alignment(shared_row, 16);
     read_shared(shared_row, 16);
     warp.in[turn][lane][0] = (uintptr_t)shared_row;
-    meet(Collective::LOAD_MATRICES, nullptr, [turn, transposed](Warp& warp) {
+    meet(transposed ? Collective::LOAD_TRANSPOSED : Collective::LOAD_MATRICES, nullptr, [turn, transposed](Warp& warp) {
         uint16_t m[4][8][8];
         for (int i = 0; i < LANES; i++) memcpy(m[i / 8][i % 8], (const void*)warp.in[turn][i][0], 16);
         auto* out = (uint32_t (*)[4])warp.out[turn];
@@ -273,7 +276,7 @@ Float4 mma_values(Float4 c, uint64_t a01, uint64_t a23, uint64_t b01, bool bf16)
     uint64_t* in = warp.in[turn][lane];
     in[0] = a01, in[1] = a23, in[2] = b01;
     memcpy(in + 3, &c, 16);
-    meet(Collective::MMA, nullptr, [turn, bf16](Warp& warp) {
+    meet(bf16 ? Collective::MMA_BF16 : Collective::MMA_F16, nullptr, [turn, bf16](Warp& warp) {
         multiply_fragments(warp, turn, bf16);
         return true;
     });

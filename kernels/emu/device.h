@@ -73,7 +73,17 @@ struct Site {
     int id;
 };
 
-enum class Collective : uint8_t { BLOCK_BARRIER, WARP_BARRIER, SHUFFLE, BALLOT, LOAD_MATRICES, MMA };
+enum class Collective : uint8_t {
+    BLOCK_BARRIER,
+    WARP_BARRIER,
+    SHUFFLE,
+    SHUFFLE_XOR,
+    BALLOT,
+    LOAD_MATRICES,
+    LOAD_TRANSPOSED,
+    MMA_BF16,
+    MMA_F16
+};
 
 struct Copy {
     unsigned char* to;
@@ -198,8 +208,9 @@ void shadow_unmap(Memory& m);
 
 // Checks and records an access of the present lane; on a fault it does not return.
 void read_shared(const void* at, size_t n);
-void read_global(const void* at, size_t n);
-void write_global(void* at, size_t n);
+void read_global(const void* at);  // 16 bytes, as the next three
+void write_global(void* at);
+void read_stream(const void* at);  // past the caches that keep up with writes
 // An asynchronous copy into shared memory is issued, and later waited for.
 void begin_copy(void* to);
 void end_copy(void* to);

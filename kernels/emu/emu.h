@@ -57,15 +57,13 @@ __attribute__((const)) void* shared_memory();
 void sync_block(const char* file, int line);
 void sync_warp(const char* file, int line);
 bool mask(bool inside, const char* file, int line);
-void fence_device(const char* file, int line);
 uint32_t ticket(uint32_t* counter, uint32_t add, const char* file, int line);
 void add_shared(uint32_t* shared, uint32_t x);
 uint32_t lanes_where(bool x);
 uint64_t shuffle_bits(uint64_t x, int lane);
 uint64_t shuffle_xor_bits(uint64_t x, int lane_mask);
 
-template <class T>
-inline T shuffle_with(uint64_t (*bits)(uint64_t, int), T x, int lane) {
+template <class T> inline T shuffle_with(uint64_t (*bits)(uint64_t, int), T x, int lane) {
     static_assert(sizeof(T) == 4 || sizeof(T) == 8, "a shuffle moves 32 or 64 bits");
     uint64_t all = 0;
     __builtin_memcpy(&all, &x, sizeof x);
@@ -73,14 +71,8 @@ inline T shuffle_with(uint64_t (*bits)(uint64_t, int), T x, int lane) {
     __builtin_memcpy(&x, &all, sizeof x);
     return x;
 }
-template <class T>
-inline T shuffle(T x, int lane) {
-    return shuffle_with(shuffle_bits, x, lane);
-}
-template <class T>
-inline T shuffle_xor(T x, int lane_mask) {
-    return shuffle_with(shuffle_xor_bits, x, lane_mask);
-}
+template <class T> inline T shuffle(T x, int lane) { return shuffle_with(shuffle_bits, x, lane); }
+template <class T> inline T shuffle_xor(T x, int lane_mask) { return shuffle_with(shuffle_xor_bits, x, lane_mask); }
 
 // ---- memory ----
 
@@ -89,21 +81,21 @@ struct Bits128 {
 };
 
 Bits128 load_128(const void* global);
+Bits128 load_128_stream(const void* global);
 void store_128(void* global, Bits128 x);
 void copy16_async(void* shared, const void* global, bool valid);
 void commit_copies();
 void wait_copies(int pending, const char* file, int line);
 
-template <class Vec>
-inline Vec load16(const void* global) {
+template <class Vec> inline Vec vector(Bits128 bits) {
     static_assert(sizeof(Vec) == 16, "");
-    Bits128 bits = load_128(global);
     Vec v;
     __builtin_memcpy(&v, &bits, 16);
     return v;
 }
-template <class Vec>
-inline void store16(void* global, Vec v) {
+template <class Vec> inline Vec load16(const void* global) { return vector<Vec>(load_128(global)); }
+template <class Vec> inline Vec load16_stream(const void* global) { return vector<Vec>(load_128_stream(global)); }
+template <class Vec> inline void store16(void* global, Vec v) {
     static_assert(sizeof(Vec) == 16, "");
     Bits128 bits;
     __builtin_memcpy(&bits, &v, 16);
@@ -138,14 +130,8 @@ inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
 
 // What nvcc declares by itself.
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
-template <class T>
-inline T min(T a, T b) {
-    return b < a ? b : a;
-}
-template <class T>
-inline T max(T a, T b) {
-    return a < b ? b : a;
-}
+template <class T> inline T min(T a, T b) { return b < a ? b : a; }
+template <class T> inline T max(T a, T b) { return a < b ? b : a; }
 
 // The compiler does not instrument calls into the C library: a kernel that made one would go unchecked.
 #pragma GCC poison memcpy memmove memset

@@ -170,6 +170,14 @@ FAULT(relay) {
     if (second == gridDim.x - 1) args.x[blockIdx.x] = args.y[0];
 }
 
+// What streams past the caches must not be written by the same launch, not even by the same thread.
+FAULT(stream) {
+    uint32_t i = global_thread();
+    if (4 * i >= args.n) return;
+    store16(args.y + 4 * i, load16_stream(args.x + 4 * i));
+    if (args.fault) store16(args.x + 4 * i, load16_stream(args.y + 4 * i));
+}
+
 // ---- asynchronous copies -------------------------------------------------------------------------
 
 // 1: no wait; 2: no barrier; 3: waits for the older group only; 4: the wait comes before the commit; 5: its source
@@ -213,7 +221,8 @@ FAULT(collectives) {
 // 1: waits for a value that never comes; 2: the same, in step.
 FAULT(never_ends) {
     const volatile float* x = args.x;
-    while (args.fault == 1 && x[0] < 1000.0f) {}
+    while (args.fault == 1 && x[0] < 1000.0f) {
+    }
     while (args.fault == 2 && x[0] < 1000.0f) sync_warp();
 }
 
@@ -224,8 +233,7 @@ FAULT(masked) {
 }
 
 // With the fault it needs 50 kB of stack.
-template <int n>
-__attribute__((noinline)) static float locals(float x) {
+template <int n> __attribute__((noinline)) static float locals(float x) {
     volatile float local[n];
     for (int i = 0; i < n; i += 4) local[i] = x;
     return warp_sum(local[n - 4]);

@@ -9,8 +9,7 @@ struct ProbeArgs {
 };
 
 // in: [lane][a0 a1 a2 a3 b0 b1 c0 c1 c2 c3]; out: [lane][c0 c1 c2 c3].
-template <class T>
-DEVICE void probe_mma(const ProbeArgs& args) {
+template <class T> DEVICE void probe_mma(const ProbeArgs& args) {
     const uint32_t* in = args.in + threadIdx.x * 10;
     uint32_t a[4] = {in[0], in[1], in[2], in[3]};
     float c[4] = {bits_to_float(in[6]), bits_to_float(in[7]), bits_to_float(in[8]), bits_to_float(in[9])};
@@ -91,6 +90,5 @@ KERNEL(64, 1, probe_order, ProbeArgs) {
     args.out[1 + 2 * i] = ticket(args.out, 1);
 #pragma unroll 1
     for (int step = 0; step < 8; step++) warp_sum(1.0f);
-    fence_device();
     args.out[2 + 2 * i] = ticket(args.out, 1);
 }

@@ -320,7 +320,7 @@ pub fn kernels() -> impl Iterator<Item = String> {
     (0..unsafe { emu_kernels() }).map(|i| unsafe { text(emu_kernel(i)) })
 }
 
-/// Barriers, waits, fences, tickets and masks that any launch has reached so far, as `kernels/x.cu:12 barrier`.
+/// Barriers, waits, tickets and masks that any launch has reached so far, as `kernels/x.cu:12 barrier`.
 pub fn sites() -> Vec<String> {
     // SAFETY: as for `kernels`.
     (0..unsafe { emu_sites() }).map(|i| unsafe { text(emu_site(i)) }).collect()

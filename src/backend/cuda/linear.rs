@@ -6,7 +6,7 @@ use super::tile::{self, ANY, Plan, Shape, TILES, Tile};
 use crate::backend::{Call, Prepared};
 use crate::error::{Error, Result};
 use crate::op::{Op, WeightType};
-use crate::tensor::{DType, View};
+use crate::tensor::DType;
 use bytemuck::NoUninit;
 use std::ops::Range;
 
@@ -213,7 +213,7 @@ mod tests {
     use crate::backend::Backend;
     use crate::backend::cuda::{CudaBackend, emu::Emulator};
     use crate::op::Activation;
-    use crate::tensor::{Storage, Weight, WeightBytes};
+    use crate::tensor::{Storage, View, Weight, WeightBytes};
     use std::sync::Arc;
 
     /// Numbers between -1 and 1.

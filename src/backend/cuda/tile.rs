@@ -112,10 +112,10 @@ impl Plan {
             let tiles = tile.count(shape);
             let fits = tile.shared() <= limits.shared_per_block && (slices == 1 || tiles <= COUNTERS as u64);
             let waves = (tiles * u64::from(slices)).div_ceil(limits.multiprocessors.max(1).into());
-            let group = tile.group(shape, limits.multiprocessors);
-            fits.then(|| Plan { tile, slices, group, waves, cycles: waves * tile.cycles(shape, slices) })
+            fits.then(|| Plan { tile, slices, group: 1, waves, cycles: waves * tile.cycles(shape, slices) })
         };
-        tiles.iter().filter_map(plan).min_by_key(|plan| plan.cycles)
+        let best = tiles.iter().filter_map(plan).min_by_key(|plan| plan.cycles)?;
+        Some(Plan { group: best.tile.group(shape, limits.multiprocessors), ..best })
     }
 }
 

@@ -64,10 +64,10 @@ template <class T, int E> DEVICE void attend(const AttentionArgs& args, const Ru
     const int limit = run.seen(run.rows - 1), tiles = (limit + KEYS - 1) / KEYS;
     const int cols = args.head_dim;
 
-    // This warp's block of a tile is looked up a tile ahead, so that no copy waits for its page's number.
-    auto find = [&](int tile) -> int64_t {
-        int block = tile * WARPS + warp_id();
-        if (!mask(block * PAGE < limit)) return 0;
+    // This warp's block of a tile is looked up a tile ahead, so that no copy waits for its page's number. Behind
+    // the last block there are no rows to copy, wherever they would be.
+    auto find = [&](int tile) {
+        int block = min(tile * WARPS + warp_id(), (limit - 1) / PAGE);
         return (run.table ? run.table[block] : block) * args.block_stride;
     };
     auto stage = [&](int tile) { return shared + tile % 2 * (2 * KEYS * ROW<E>); };

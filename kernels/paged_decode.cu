@@ -63,9 +63,7 @@ constexpr Partial NOTHING = {-INFINITY, 0.0f, {0.0f, 0.0f}};
 DEVICE int chunks_before(const int32_t* positions, int row) {
     int sum = 0;
     for (int i = lane_id(); i < row; i += WARP) sum += positions[i] / CHUNK + 1;
-#pragma unroll
-    for (int step = WARP / 2; step > 0; step /= 2) sum += shuffle_xor(sum, step);
-    return sum;
+    return warp_sum(sum);
 }
 
 // What the four warps found in a chunk, in shared memory where its keys were.
@@ -102,79 +100,88 @@ template <int E> struct Found {
     }
 };
 
+// A warp starts to copy its `rows` rows of a chunk, from two places, as one group of copies.
+template <class T, int E>
+DEVICE void copy_pages(T* shared, const void* pages, const int64_t (&at)[2], int rows, int cols) {
+    copy_rows<T, E>(shared, (const T*)pages + at[0], cols, rows, cols);
+    copy_rows<T, E>(shared + PAGE * ROW<E>, (const T*)pages + at[1], cols, rows - PAGE, cols);
+    commit_copies();
+}
+
+// This warp's KEYS positions of a chunk, of which it sees `seen`; without any, it finds nothing.
+template <class T, int E>
+DEVICE void attend(Queries<T, E>& queries, const T* keys, const T* values, int seen, float scale) {
+    float s[KEYS / 8][4];
+    wait_copies<1>();
+    sync_warp();
+    if (seen > 0) {
+        queries.template scores<KEYS>(s, keys);
+        if (seen < KEYS) queries.template hide<KEYS>(s, {seen, seen});
+        queries.template weigh<KEYS>(s, scale);
+    }
+    wait_copies<0>();
+    sync_warp();
+    if (seen > 0) queries.template add_values<KEYS>(s, values);
+    queries.finish();
+}
+
 template <class T, int E> DEVICE void paged_decode(const PagedDecodeArgs& args) {
     SHARED(shared);
-    T* keys = (T*)shared + warp_id() * KEYS * ROW<E>;
-    T* values = keys + CHUNK * ROW<E>;
+    T* const keys = (T*)shared + warp_id() * KEYS * ROW<E>;
+    T* const values = keys + CHUNK * ROW<E>;
     Found<E>& found = *(Found<E>*)shared;
     static_assert(sizeof(Found<E>) <= 2 * CHUNK * ROW<E> * sizeof(T), "where the keys and values were");
 
     const int row = blockIdx.y, cols = args.head_dim, group = args.group;
     const int tiles = (group + ROWS - 1) / ROWS, tile = blockIdx.x % tiles * ROWS;
-    const int kv_head = blockIdx.x / tiles, first_head = kv_head * group + tile;
-    const int heads = min(group - tile, ROWS);
+    const int kv_head = blockIdx.x / tiles, first_head = kv_head * group + tile, heads = min(group - tile, ROWS);
 
     const int seen = args.positions[row] + 1, chunks = (seen + CHUNK - 1) / CHUNK;
     if ((int)blockIdx.z >= chunks) return;
-    const int32_t* table = args.tables + args.starts[row];
     const int slot = chunks_before(args.positions, row);
     const bool alone = gridDim.z == 1 || chunks == 1 || slot + chunks > (int)args.slots;
     if (alone && blockIdx.z > 0) return;
+    const int step = alone ? 1 : gridDim.z;
 
     // Half of the threads put together even heads, half odd ones, two columns each.
     constexpr int PAIRS = 64;
     static_assert(2 * PAIRS == WARPS * WARP && 2 * PAIRS >= E, "every pair of columns has a thread");
-    const int first_of_mine = threadIdx.x / PAIRS, pair = threadIdx.x % PAIRS, col = 2 * pair;
-    const int end_of_mine = mask(col < cols) ? heads : 0;
-    Partial* sums = (Partial*)(shared + 2 * CHUNK * ROW<E> * sizeof(T)) + pair;  // [heads][PAIRS]
-    for (int head = first_of_mine; head < end_of_mine; head += 2) sums[head * PAIRS] = NOTHING;
+    const int my_head = threadIdx.x / PAIRS, pair = threadIdx.x % PAIRS, col = 2 * pair;
+    const int my_heads = mask(col < cols) ? heads : 0;
+    Partial* const sums = (Partial*)(shared + 2 * CHUNK * ROW<E> * sizeof(T)) + pair;  // [heads][PAIRS]
+    for (int head = my_head; head < my_heads; head += 2) sums[head * PAIRS] = NOTHING;
+
+    // Where this warp's two pages of a chunk are. Behind the last one there is nothing to copy, wherever it would be.
+    const int32_t* table = args.tables + args.starts[row];
+    auto find = [&](int chunk, int i) {
+        int position = min(chunk * CHUNK + warp_id() * KEYS + i * PAGE, seen - 1);
+        return ((int64_t)table[position / PAGE] * (args.heads / group) + kv_head) * PAGE * cols;
+    };
+    auto at = [&](int chunk, int head) { return (int64_t)(slot + chunk) * args.heads + first_head + head; };
     auto write = [&](const Partial& sum, int head) {
         float inverse = 1.0f / sum.sum;
         T* to = (T*)args.out + ((int64_t)row * args.heads + first_head + head) * cols + col;
         *(uint32_t*)to = pack2<T>(sum.o[0] * inverse, sum.o[1] * inverse);
     };
-    auto at = [&](int chunk, int head) { return (int64_t)(slot + chunk) * args.heads + first_head + head; };
 
-    for (int chunk = blockIdx.z; chunk < chunks; chunk += alone ? 1 : gridDim.z) {
-        const int first = chunk * CHUNK + warp_id() * KEYS;
-        int64_t page[2];
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            int begin = first + i * PAGE;
-            page[i] = mask(begin < seen) ? ((int64_t)table[begin / PAGE] * (args.heads / group) + kv_head) * PAGE * cols : 0;
-        }
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            copy_rows<T, E>(keys + i * PAGE * ROW<E>, (const T*)args.k + page[i], cols, seen - first - i * PAGE, cols);
-        }
-        commit_copies();
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            copy_rows<T, E>(values + i * PAGE * ROW<E>, (const T*)args.v + page[i], cols, seen - first - i * PAGE, cols);
-        }
-        commit_copies();
+    int64_t pages[2] = {find(blockIdx.z, 0), find(blockIdx.z, 1)};
+    for (int chunk = blockIdx.z; chunk < chunks; chunk += step) {
+        const int rows = seen - chunk * CHUNK - warp_id() * KEYS;
+        copy_pages<T, E>(keys, args.k, pages, rows, cols);
+        copy_pages<T, E>(values, args.v, pages, rows, cols);
+        pages[0] = find(chunk + step, 0);
+        pages[1] = find(chunk + step, 1);
 
         // Loaded again for each chunk, while its keys are on their way, rather than held over all of them.
         Queries<T, E> queries;
         queries.load((const T*)args.q + ((int64_t)row * args.heads + first_head) * cols, cols, heads, cols);
         queries.clear();
-        float s[KEYS / 8][4];
-        wait_copies<1>();
-        sync_warp();
-        if (first < seen) {
-            queries.template scores<KEYS>(s, keys);
-            if (first + KEYS > seen) queries.template hide<KEYS>(s, {seen - first, seen - first});
-            queries.template weigh<KEYS>(s, args.scale);
-        }
-        wait_copies<0>();
-        sync_warp();
-        if (first < seen) queries.template add_values<KEYS>(s, values);
-        queries.finish();
+        attend(queries, keys, values, rows, args.scale);
 
-        sync_block();  // all keys are read
+        sync_block();  // all keys and values are read
         found.put(queries, heads);
         sync_block();
-        for (int head = first_of_mine; head < end_of_mine; head += 2) {
+        for (int head = my_head; head < my_heads; head += 2) {
             Partial total = found.total(head, col, args.scale);
             if (alone) {
                 sums[head * PAIRS].add(total, args.scale);
@@ -189,11 +196,11 @@ template <class T, int E> DEVICE void paged_decode(const PagedDecodeArgs& args) 
         }
         sync_block();  // what was found is read, and written
     }
-
     if (alone) {
-        for (int head = first_of_mine; head < end_of_mine; head += 2) write(sums[head * PAIRS], head);
+        for (int head = my_head; head < my_heads; head += 2) write(sums[head * PAIRS], head);
         return;
     }
+
     uint32_t* last = (uint32_t*)shared;
     if (threadIdx.x == 0) {
         uint32_t* counter = args.counters + row * gridDim.x + blockIdx.x;
@@ -202,7 +209,7 @@ template <class T, int E> DEVICE void paged_decode(const PagedDecodeArgs& args) 
     }
     sync_block();
     if (!*last) return;
-    for (int head = first_of_mine; head < end_of_mine; head += 2) {
+    for (int head = my_head; head < my_heads; head += 2) {
         Partial sum = NOTHING;
 #pragma unroll 8  // loads on their way together
         for (int chunk = 0; chunk < chunks; chunk++) {

@@ -150,8 +150,7 @@ unsafe fn launch(device: &Device, args: &Args, heads: usize, images: usize) -> R
     }
     let (size, kernel, _) = padded(args.head_dim as usize);
     let grid = [heads as u32, args.rows.div_ceil(TILE as u32), images as u32];
-    // Two stages, each with a tile of keys and one of values.
-    let shared = (2 * 2 * TILE * shared_row(size)) as u32;
+    let shared = prefill_shared(size) as u32;
     // SAFETY: the caller's obligation.
     unsafe { device.launch(Launch { kernel, grid, block: THREADS, shared }, args) }
 }
@@ -192,8 +191,7 @@ pub unsafe fn paged_decode(device: &Device, call: &Call<'_>, rows: Range<usize>)
     };
     let (size, _, kernel) = padded(head_dim);
     let grid = [split.blocks as u32, rows.len() as u32, split.parts as u32];
-    // A chunk of keys and of values, and 1 KiB of sums for each head of the block.
-    let shared = (2 * CHUNK * shared_row(size) + 1024 * group.min(HEADS)) as u32;
+    let shared = decode_shared(size, group.min(HEADS)) as u32;
     // SAFETY: the caller's obligation.
     unsafe { device.launch(Launch { kernel, grid, block: THREADS, shared }, &args) }
 }
@@ -232,6 +230,19 @@ impl Split {
 const fn shared_row(size: usize) -> usize {
     2 * (size + 8)
 }
+
+/// Two stages, each with a tile of keys and one of values.
+const fn prefill_shared(size: usize) -> usize {
+    2 * 2 * TILE * shared_row(size)
+}
+
+/// A chunk of keys and one of values, and 1 KiB of sums for each head of the block.
+const fn decode_shared(size: usize, heads: usize) -> usize {
+    2 * CHUNK * shared_row(size) + 1024 * heads
+}
+
+// What a block may have on every GPU from sm_80 on.
+const _: () = assert!(prefill_shared(128) <= 99 << 10 && decode_shared(128, HEADS) <= 99 << 10);
 
 /// The size of head that a kernel exists for, and the names of the kernels.
 fn padded(head_dim: usize) -> (usize, &'static str, &'static str) {

@@ -125,9 +125,10 @@ FAULT(widths) {
     for (int i = 0; i < 4; i++) s[i] = 1.0f;
     sync_block();
     float x = *s;
-    Vec16 all = *(const Vec16*)s;
+    uint32_t all[4];
+    load_matrices(all, s);
     if (args.fault) s -= threadIdx.x % 2 * 4;
-    s[3] = x + bits_to_float(all.word[3]);
+    s[3] = x + bits_to_float(all[3]);
 }
 
 FAULT(blocks_write) { args.y[args.fault ? threadIdx.x : global_thread()] = 1.0f; }

@@ -53,7 +53,7 @@ fn published_configs_mean_what_the_original_code_makes_of_them() {
     );
     assert_eq!((projector.layers, projector.input_size, projector.hidden_size), (2, 1024, 4096));
     assert_eq!((config.feature_layers.as_slice(), config.select), (&[23][..], SelectStrategy::Default));
-    assert_eq!((config.image_tokens(), config.pads, config.image_token_id), (576, true, None));
+    assert_eq!((config.square_rows(), config.pads, config.image_token_id), (576, true, None));
     assert_eq!((config.reference, config.picture_tokens.len()), (Reference::Original, 0));
     assert_eq!((config.text.vocab_size, config.text.max_positions), (32000, 4096));
     // LLaVA 1.0: 224 pixels; keys that are absent are linear, square, patch.
@@ -76,7 +76,7 @@ fn published_configs_mean_what_the_original_code_makes_of_them() {
     }))
     .unwrap();
     assert_eq!((others.projector.as_ref().unwrap().layers, others.feature_layers.as_slice()), (3, &[24][..]));
-    assert_eq!((others.image_tokens(), others.text.num_kv_heads), (577, 8));
+    assert_eq!((others.square_rows(), others.text.num_kv_heads), (577, 8));
     assert_eq!(others.picture_tokens, ["<im_start>", "<im_end>"]);
 }
 
@@ -134,7 +134,7 @@ proptest! {
         let changes: serde_json::Map<_, _> =
             changes.into_iter().map(|(at, value)| (keys[at.index(keys.len())].clone(), value)).collect();
         if let Ok(config) = parse(Value::Object(changes)) {
-            prop_assert!(config.image_tokens() < 1 << 15);
+            prop_assert!(config.square_rows() < 1 << 15);
         }
     }
 }

@@ -1,12 +1,12 @@
 //! `tessera classify` and `tessera embed`: CLIP by itself.
 
 use super::dump;
-use super::options::{Device, Load, parse_lora};
+use super::options::{Load, parse_lora};
 use crate::error::Result;
 use crate::input::image::{self, DecodeOptions, Picture};
 use crate::model::checkpoint::LoadMode;
 use crate::model::lora::Lora;
-use crate::runtime::{Clip, Embedding, LoadOptions, Source, softmax};
+use crate::runtime::{Clip, Device, DeviceOptions, Embedding, LoadOptions, Source, softmax};
 use clap::Args;
 use serde_json::json;
 use std::path::{Path, PathBuf};
@@ -21,7 +21,7 @@ struct ClipArgs {
     #[arg(long, value_name = "DIR[:SCALE]", value_parser = parse_lora)]
     lora: Vec<Lora>,
     /// Where the model runs
-    #[arg(long, value_enum, default_value_t = Device::Auto)]
+    #[arg(long, value_name = "auto|cpu|cuda[:N]|emu", default_value_t = Device::Auto)]
     device: Device,
     /// Threads of the CPU backend [default: one for each core]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
@@ -37,12 +37,10 @@ impl ClipArgs {
             load_mode: LoadMode::from(self.load_mode),
             threads: self.threads.map(usize::from),
             lora: self.lora.clone(),
+            device: DeviceOptions { device: self.device, ..DeviceOptions::default() },
             ..LoadOptions::default()
         };
-        let source = Source::parse(&self.model)?;
-        match self.device {
-            Device::Auto | Device::Cpu => Clip::load(&source, &options),
-        }
+        Clip::load(&Source::parse(&self.model)?, &options)
     }
 }
 

@@ -11,7 +11,7 @@ use crate::model::names::Layout;
 use crate::model::weights::{TensorInfo, Weights};
 use crate::op::{Cost, KvExtent};
 use crate::runtime::{Clip, LoadOptions, Model, SessionPlan};
-use crate::tensor::{Bindings, View};
+use crate::tensor::{Bindings, DType, View};
 use clap::{Args, ValueEnum};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -181,11 +181,13 @@ fn card(model: &Model, session: &SessionPlan) -> String {
     lines.push(("chat template", model.prompter().template().name().into()));
     lines.extend(adapter_lines(model.weights()));
     lines.push(("device", model.backend().describe()));
+    let on_cpu = model.backend().dtype() == DType::F32;
     lines.push((
         "memory plan",
         format!(
-            "weights {} (as stored) + KV cache {} ({} pages of {} positions, context {}) + activations {}{} = {}",
+            "weights {} ({}) + KV cache {} ({} pages of {} positions, context {}) + activations {}{} = {}",
             format_size(plan.weights),
+            if on_cpu { "as stored" } else { model.backend().dtype().name() },
             format_size(plan.kv),
             plan.pages,
             crate::op::PAGE,
@@ -200,7 +202,11 @@ fn card(model: &Model, session: &SessionPlan) -> String {
     lines.push(("machine", format!("{} of memory, {fits}", format_size(available))));
     lines.push((
         "row results",
-        "the same bits in any batch, chunk, page layout and thread count, on every instruction set".into(),
+        match on_cpu {
+            true => "the same bits in any batch, chunk, page layout and thread count, on every instruction set",
+            false => "the same bits in any batch, chunk and page layout; they differ between given and chosen tokens",
+        }
+        .into(),
     ));
     show(&lines, model.weights())
 }

@@ -19,7 +19,6 @@
 use super::model::{LoadOptions, Source, preprocess_for};
 use super::session::non_finite;
 use crate::backend::Backend;
-use crate::backend::cpu::CpuBackend;
 use crate::error::{Error, Result};
 use crate::graph::{Control, Executor, Graph, GraphBuilder, Plan};
 use crate::input::image::{DecodeOptions, Picture, Preprocess, decode};
@@ -27,7 +26,7 @@ use crate::input::prompt::{ClipTokenizer, ClipTokens};
 use crate::model::clip::{self, Encoder};
 use crate::model::config::{ClipConfig, Pooling};
 use crate::model::weights::Weights;
-use crate::tensor::Bindings;
+use crate::tensor::{Bindings, DType};
 use std::sync::Arc;
 
 /// A CLIP, ready to run: a vision tower, a text tower, or both.
@@ -75,7 +74,8 @@ impl Clip {
     /// # Errors
     /// Whatever is wrong with the files, named; [`Error::Config`] for a model of another family.
     pub fn load(source: &Source, options: &LoadOptions) -> Result<Self> {
-        Clip::load_on(Arc::new(CpuBackend::new(options.threads)?), source, options)
+        // CLIPs are published in f32.
+        Clip::load_on(options.device.open(options.threads, || Ok(Some(DType::F32)))?, source, options)
     }
 
     /// Loads a CLIP onto a device.

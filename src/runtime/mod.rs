@@ -7,6 +7,7 @@
 
 pub mod batch;
 pub mod clip;
+pub mod device;
 pub mod engine;
 pub mod kv;
 pub mod model;
@@ -20,6 +21,7 @@ pub mod vision;
 
 pub use batch::{Advance, Phase, Want};
 pub use clip::{Clip, Embedding, softmax};
+pub use device::{Device, DeviceOptions};
 pub use engine::{Engine, ImageHandle};
 pub use model::{LoadOptions, Model, Source};
 pub use request::{Completion, FinishReason, Input, Request};

@@ -1,7 +1,8 @@
 //! A model: what a checkpoint says and holds, ready to be run by any number of sessions.
 
+use super::device::DeviceOptions;
 use crate::backend::Backend;
-use crate::backend::cpu::{CpuBackend, physical_memory};
+use crate::backend::cpu::physical_memory;
 use crate::error::{Error, Result};
 use crate::folder::Folder;
 use crate::graph::Graph;
@@ -15,7 +16,7 @@ use crate::model::llava::{self, Language, Vision};
 use crate::model::lora::Lora;
 use crate::model::parts::{Parts, TowerSearch};
 use crate::model::preset::Preset;
-use crate::model::weights::Weights;
+use crate::model::weights::{TensorInfo, Weights};
 use crate::tensor::DType;
 use std::fmt;
 use std::path::PathBuf;
@@ -110,6 +111,8 @@ impl fmt::Display for Source {
 pub struct LoadOptions {
     /// Map weight files, or read them.
     pub load_mode: LoadMode,
+    /// Where it runs.
+    pub device: DeviceOptions,
     /// Threads of the CPU backend; `None` takes one for each core.
     pub threads: Option<usize>,
     /// Where the vision tower of an original LLaVA is.
@@ -150,6 +153,7 @@ impl Default for LoadOptions {
     fn default() -> Self {
         LoadOptions {
             load_mode: LoadMode::Mmap,
+            device: DeviceOptions::default(),
             threads: None,
             tower: TowerSearch::default(),
             template: None,
@@ -180,12 +184,13 @@ pub struct Model {
 }
 
 impl Model {
-    /// Loads a model. Weight files are mapped, not read: this takes milliseconds however large they are.
+    /// Loads a model. On the CPU weight files are mapped, not read: this takes milliseconds however large they
+    /// are. A GPU's memory is filled from them.
     ///
     /// # Errors
     /// Whatever is wrong with the files or the options, named.
     pub fn load(source: &Source, options: &LoadOptions) -> Result<Self> {
-        let backend: Arc<dyn Backend> = Arc::new(CpuBackend::new(options.threads)?);
+        let backend = options.device.open(options.threads, || stored_dtype(source, options))?;
         Model::load_on(backend, source, options)
     }
 
@@ -209,6 +214,7 @@ impl Model {
             }
         };
         weights.adapt_all(&options.lora, options.load_mode)?;
+        check_fit(&*backend, source, &weights)?;
         leave_tiles_out(&mut config, options.image_mode);
         let vision = llava::vision(&*backend, &config, &weights)?;
         let language = llava::language(&*backend, &config, &weights)?;
@@ -364,6 +370,31 @@ fn prompter_of(parts: &Parts, config: &ModelConfig, options: &LoadOptions) -> Re
 fn decode_options(reference: Reference) -> DecodeOptions {
     let transformers = reference == Reference::Transformers;
     DecodeOptions { exif_orientation: transformers, whiten_transparent: transformers }
+}
+
+/// The dtype that a model's weights are in, as far as it says.
+fn stored_dtype(source: &Source, options: &LoadOptions) -> Result<Option<DType>> {
+    match source {
+        Source::Preset(_) => Ok(Some(options.preset_dtype)),
+        Source::Demo | Source::Directory(_) => {
+            Ok(Parts::find(&source.existing_folder()?, &options.tower)?.config()?.dtype)
+        }
+    }
+}
+
+/// Refuses weights that will not fit before the first of them is copied.
+fn check_fit(backend: &dyn Backend, source: &Source, weights: &Weights) -> Result<()> {
+    let Some(available) = backend.available()? else { return Ok(()) };
+    let bytes = |tensor: &TensorInfo| {
+        let elements = tensor.bytes / tensor.weight_dtype().map_or(1, DType::size);
+        (elements * backend.dtype().size()) as u64
+    };
+    let needed = weights.tensors().iter().map(bytes).sum();
+    if needed > available {
+        let (what, remedy) = (format!("the weights of {source}"), " on the device".into());
+        return Err(Error::Memory { what, needed, available, remedy });
+    }
+    Ok(())
 }
 
 /// How the bytes of pictures are read and become pixels for a model that is not loaded, and its configuration:

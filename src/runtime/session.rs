@@ -42,8 +42,12 @@ impl Session {
     pub fn new(model: Arc<Model>, options: SessionOptions) -> Result<Self> {
         let SessionPlan { language: language_plan, vision: vision_plan, memory } =
             SessionPlan::new(&model, &options)?;
-        memory.check(physical_memory())?;
         let (config, backend, max) = (&model.config().text, model.backend(), language_plan.max);
+        match backend.available()? {
+            None => memory.check(physical_memory())?,
+            // Its weights are there already.
+            Some(free) => MemoryPlan { weights: 0, ..memory }.check(free)?,
+        }
         let arena = Arc::new(backend.alloc("activations", memory.arena as usize)?);
         let kv = KvPool::new(backend.clone(), config, max.pages)?;
         let rope = rope_table(&model, max.context)?;

@@ -183,6 +183,8 @@ mod tests {
     fn a_plan_that_does_not_fit_is_refused_with_its_numbers() {
         // LLaVA-1.5-13B with a cache of f32 and a context of 4096.
         let plan = MemoryPlan {
+            vision_arena: 0,
+            squares: 0,
             weights: 26_677_602_304,
             kv: 6_710_886_400,
             arena: 300 << 20,

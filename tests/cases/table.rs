@@ -48,6 +48,15 @@ pub fn embed_tokens(texts: usize, rows: usize, vocab: usize, cols: usize, dtype:
     Case { dtype, ..case(Op::EmbedTokens, vec![ids], vec![[vocab, cols], [rows, cols]], bindings) }
 }
 
+/// Images of side `image` in patches of side `patch`, to `width` features.
+pub fn patch_embed(images: usize, image: usize, patch: usize, width: usize, dtype: DType) -> Case {
+    let n = (image / patch) * (image / patch);
+    let weights = vec![[width, 3 * patch * patch], [1, width], [n + 1, width]];
+    let ins = vec![f32s(Rows::PerImage(1), 3 * image * image)];
+    let bindings = Bindings { images, ..Bindings::default() };
+    Case { dtype, ..case(Op::PatchEmbed { image, patch }, ins, weights, bindings) }
+}
+
 /// Attention within `images` images of `rows` rows.
 pub fn attention(images: usize, rows: usize, heads: usize, head_dim: usize, causal: bool) -> Case {
     let ins = vec![f32s(Rows::PerImage(rows), 3 * heads * head_dim)];
@@ -142,7 +151,7 @@ pub fn edges() -> Vec<Case> {
         cases.push(paged_attention(15, 2, 2, 1, head_dim));
         cases.push(rope(15, 2, 2, 1, head_dim));
     }
-    for rows in [15, 16, 63, 64, 65, 129, 577] {
+    for rows in [15, 16, 63, 64, 65, 129, 577, 641] {
         cases.push(attention(if rows > 100 { 1 } else { 2 }, rows, 1, 64, rows % 2 == 0));
     }
     for end in [31, 32, 33, 64, 65, 127, 128, 129, 300] {
@@ -152,12 +161,11 @@ pub fn edges() -> Vec<Case> {
     }
     cases.push(paged_attention(0, 577, 1, 1, 16));
     cases.push(paged_attention(1030, 2, 2, 2, 64));
+    // More query heads than one block of decode serves.
+    cases.push(paged_attention(140, 3, 20, 1, 40));
     cases.push(rope(250, 65, 3, 1, 64));
     // 576 patches, one more than a tile's multiple with the class row.
-    let weights = vec![[24, 12], [1, 24], [577, 24]];
-    let ins = vec![f32s(Rows::PerImage(1), 3 * 48 * 48)];
-    let bindings = Bindings { images: 2, ..Bindings::default() };
-    cases.push(case(Op::PatchEmbed { image: 48, patch: 2 }, ins, weights, bindings));
+    cases.push(patch_embed(2, 48, 2, 24, DType::F32));
     for (rows, cols) in [(2, 1003usize), (1, 32064), (1, 50257)] {
         let params = TensorType::i32(Rows::Outputs, SAMPLE_PARAMS);
         let seen = TensorType::i32(Rows::Outputs, cols.div_ceil(32));
@@ -231,14 +239,7 @@ pub fn all() -> Vec<Case> {
         cases.push(rope(past, new, heads, kv_heads, head_dim));
     }
     for (image, patch, width, images) in [(28, 14, 32, 1), (21, 7, 17, 3), (32, 16, 48, 2), (30, 10, 5, 1)] {
-        let n = (image / patch) * (image / patch);
-        let weights = vec![[width, 3 * patch * patch], [1, width], [n + 1, width]];
-        for dtype in dtypes {
-            let ins = vec![f32s(Rows::PerImage(1), 3 * image * image)];
-            let bindings = Bindings { images, ..Bindings::default() };
-            let op = Op::PatchEmbed { image, patch };
-            cases.push(Case { dtype, ..case(op, ins, weights.clone(), bindings) });
-        }
+        cases.extend(dtypes.map(|dtype| patch_embed(images, image, patch, width, dtype)));
     }
     for (rows, cols) in [(1, 8), (5, 19), (12, 64)] {
         let index = TensorType::i32(Rows::Tokens, 1);

@@ -15,7 +15,7 @@ pub mod sequences;
 mod table;
 
 #[allow(unused_imports, reason = "each test program uses a part")]
-pub use table::{all, attention, edges, linear, paged_attention};
+pub use table::{all, attention, edges, gated, linear, paged_attention, patch_embed};
 
 use std::sync::Arc;
 use tessera::backend::{Backend, Buffer};
@@ -103,7 +103,7 @@ impl Case {
     }
 
     /// The dtype of operand `i` on a device: pixels, rotation tables and logits are f32 on every one.
-    fn dtype_on(&self, i: usize, device: DType) -> DType {
+    pub fn dtype_on(&self, i: usize, device: DType) -> DType {
         match (&self.op, i, self.ins[i].dtype) {
             (_, _, DType::I32) => DType::I32,
             (Op::PatchEmbed { .. } | Op::Sample, 0, _) | (Op::RopeAppend { .. }, 3, _) => DType::F32,
@@ -116,6 +116,7 @@ impl Case {
         // Devices keep vectors, and the few rows of class and positions, in f32.
         let matrix = match self.op {
             Op::PatchEmbed { .. } => i == 0,
+            // A matrix may have one row.
             Op::Linear { bias, .. } | Op::GatedLinear { bias } => !bias || i < self.weights.len() / 2,
             _ => rows > 1,
         };

@@ -40,6 +40,15 @@ pub fn gated(m: usize, n: usize, k: usize, dtype: DType, bias: bool) -> Case {
     Case { dtype, ..case(Op::GatedLinear { bias }, vec![f32s(Rows::Tokens, k)], weights, tokens(m)) }
 }
 
+/// Images of side `image` in patches of side `patch`, to `width` features.
+pub fn patch_embed(images: usize, image: usize, patch: usize, width: usize, dtype: DType) -> Case {
+    let n = (image / patch) * (image / patch);
+    let weights = vec![[width, 3 * patch * patch], [1, width], [n + 1, width]];
+    let ins = vec![f32s(Rows::PerImage(1), 3 * image * image)];
+    let bindings = Bindings { images, ..Bindings::default() };
+    Case { dtype, ..case(Op::PatchEmbed { image, patch }, ins, weights, bindings) }
+}
+
 /// Attention within `images` images of `rows` rows.
 pub fn attention(images: usize, rows: usize, heads: usize, head_dim: usize, causal: bool) -> Case {
     let ins = vec![f32s(Rows::PerImage(rows), 3 * heads * head_dim)];
@@ -148,10 +157,7 @@ pub fn edges() -> Vec<Case> {
     cases.push(paged_attention(140, 3, 20, 1, 40));
     cases.push(rope(250, 65, 3, 1, 64));
     // 576 patches, one more than a tile's multiple with the class row.
-    let weights = vec![[24, 12], [1, 24], [577, 24]];
-    let ins = vec![f32s(Rows::PerImage(1), 3 * 48 * 48)];
-    let bindings = Bindings { images: 2, ..Bindings::default() };
-    cases.push(case(Op::PatchEmbed { image: 48, patch: 2 }, ins, weights, bindings));
+    cases.push(patch_embed(2, 48, 2, 24, DType::F32));
     for (rows, cols) in [(2, 1003usize), (1, 32064), (1, 50257)] {
         let params = TensorType::i32(Rows::Outputs, SAMPLE_PARAMS);
         let seen = TensorType::i32(Rows::Outputs, cols.div_ceil(32));
@@ -220,14 +226,7 @@ pub fn all() -> Vec<Case> {
         cases.push(rope(past, new, heads, kv_heads, head_dim));
     }
     for (image, patch, width, images) in [(28, 14, 32, 1), (21, 7, 17, 3), (32, 16, 48, 2), (30, 10, 5, 1)] {
-        let n = (image / patch) * (image / patch);
-        let weights = vec![[width, 3 * patch * patch], [1, width], [n + 1, width]];
-        for dtype in dtypes {
-            let ins = vec![f32s(Rows::PerImage(1), 3 * image * image)];
-            let bindings = Bindings { images, ..Bindings::default() };
-            let op = Op::PatchEmbed { image, patch };
-            cases.push(Case { dtype, ..case(op, ins, weights.clone(), bindings) });
-        }
+        cases.extend(dtypes.map(|dtype| patch_embed(images, image, patch, width, dtype)));
     }
     for (rows, cols) in [(1, 8), (5, 19), (12, 64)] {
         let index = TensorType::i32(Rows::Tokens, 1);

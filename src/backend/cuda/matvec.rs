@@ -56,11 +56,7 @@ pub unsafe fn linear(device: &Device, call: &Call<'_>, rows: Range<usize>) -> Re
         n: y.cols as u32,
         k: x.cols as u32,
         ldw: (call.weights[0].row_stride / device.dtype().size()) as u32,
-        activation: match act {
-            Activation::None => 0,
-            Activation::QuickGelu => 1,
-            Activation::GeluErf => 2,
-        },
+        activation: activation(act),
         wide: wide as u32,
     };
     // SAFETY: the caller's obligation; the rows are in their views, as `part` asserts.
@@ -119,8 +115,17 @@ unsafe fn launch(device: &Device, kernels: [&str; 2], args: &Args) -> Result<()>
     unsafe { device.launch(launch, args) }
 }
 
+/// As `Activation` in the kernels' common.cuh.
+pub(super) fn activation(act: Activation) -> u32 {
+    match act {
+        Activation::None => 0,
+        Activation::QuickGelu => 1,
+        Activation::GeluErf => 2,
+    }
+}
+
 /// Some rows of a view.
-fn part(view: &View, rows: &Range<usize>) -> View {
+pub(super) fn part(view: &View, rows: &Range<usize>) -> View {
     assert!(rows.start <= rows.end && rows.end <= view.rows, "rows {rows:?} of {}", view.rows);
     let addr = view.addr + rows.start * view.cols * view.dtype.size();
     View { addr, rows: rows.len(), ..*view }

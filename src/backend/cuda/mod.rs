@@ -16,15 +16,18 @@ mod embed;
 #[cfg(feature = "emu")]
 pub mod emu;
 pub mod gpu;
+mod linear;
 mod matvec;
 mod norm;
+mod patch;
 mod rope;
 mod sample;
 mod staging;
+pub mod tile;
 mod weights;
 
-use super::{Backend, Buffer, Call, Prepared};
-use crate::error::{Error, Result};
+use super::{Backend, Buffer, Call, Prepared, Recording};
+use crate::error::Result;
 use crate::op::{Op, WeightType};
 use crate::tensor::{DType, View, Weight};
 use device::Device;
@@ -49,7 +52,8 @@ impl CudaBackend {
         Ok(CudaBackend { device: Device::new(driver, dtype)?, tied: Tied::default(), check_launches: false })
     }
 
-    /// Waits for every op before the next begins, so that an error is told of the op that made it.
+    /// Waits for every op before the next begins, so that an error is told of the op that made it. Nothing is
+    /// recorded then.
     pub fn check_launches(self, yes: bool) -> Self {
         CudaBackend { check_launches: yes, ..self }
     }
@@ -88,13 +92,13 @@ impl CudaBackend {
         // SAFETY: for every arm, the caller's obligations are those of the launch functions.
         unsafe {
             match call.op {
-                Op::PatchEmbed { .. } => self.missing(call),
+                Op::PatchEmbed { .. } => patch::patch_embed(device, call),
                 Op::LayerNorm { .. } => norm::layer_norm(device, call),
                 Op::RmsNorm { .. } => norm::rms_norm(device, call),
                 Op::AddRmsNorm { .. } => norm::add_rms_norm(device, call),
                 Op::L2Normalize => norm::l2_normalize(device, call),
-                Op::Linear { .. } => by_phase(device, call, matvec::linear, missing_rows),
-                Op::GatedLinear { .. } => by_phase(device, call, matvec::gated_linear, missing_rows),
+                Op::Linear { .. } => by_phase(device, call, matvec::linear, linear::linear),
+                Op::GatedLinear { .. } => by_phase(device, call, matvec::gated_linear, linear::gated_linear),
                 Op::Attention { .. } => attention::dense(device, call),
                 Op::RopeAppend { .. } => rope::rope_append(device, call),
                 Op::PagedAttention { .. } => {
@@ -106,15 +110,6 @@ impl CudaBackend {
             }
         }
     }
-
-    fn missing(&self, call: &Call<'_>) -> Result<()> {
-        missing_rows(&self.device, call, 0..0)
-    }
-}
-
-fn missing_rows(device: &Device, call: &Call<'_>, _: Range<usize>) -> Result<()> {
-    let problem = format!("the kernels of {} are not written yet", call.op.name());
-    Err(Error::Device { device: device.driver().name(), problem })
 }
 
 /// A launch function for some of a call's rows.
@@ -147,6 +142,14 @@ impl Backend for CudaBackend {
         self.device.dtype()
     }
 
+    fn available(&self) -> Result<Option<u64>> {
+        self.device.driver().memory().map(|(free, _)| Some(free))
+    }
+
+    fn record(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Option<Box<dyn Recording>>> {
+        if self.check_launches { Ok(None) } else { self.device.record(work).map(Some) }
+    }
+
     fn alloc(&self, what: &str, bytes: usize) -> Result<Buffer> {
         self.device.alloc(what, bytes)
     }
@@ -155,16 +158,18 @@ impl Backend for CudaBackend {
         weights::prepare(&self.device, &self.tied, op, weights)
     }
 
-    fn workspace(&self, op: &Op, ins: &[View], _weights: &[WeightType], _outs: &[View]) -> usize {
+    fn workspace(&self, op: &Op, ins: &[View], weights: &[WeightType], _outs: &[View]) -> usize {
         match op {
+            Op::Linear { bias, .. } | Op::GatedLinear { bias } => {
+                let matrices = if *bias { weights.len() / 2 } else { weights.len() };
+                linear::workspace(ins[0].rows, &weights[..matrices])
+            }
             Op::PagedAttention { .. } => attention::workspace(&self.device, op, ins[0].rows, ins[3].rows),
             Op::PatchEmbed { .. }
             | Op::LayerNorm { .. }
             | Op::RmsNorm { .. }
             | Op::AddRmsNorm { .. }
             | Op::L2Normalize
-            | Op::Linear { .. }
-            | Op::GatedLinear { .. }
             | Op::Attention { .. }
             | Op::RopeAppend { .. }
             | Op::EmbedRows

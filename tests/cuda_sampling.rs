@@ -14,6 +14,7 @@ mod devices;
 use cases::Random;
 use cases::sampling::{Row, case_of, row};
 use devices::{Tested, devices};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use tessera::backend::Backend;
 use tessera::backend::cpu::CpuBackend;
@@ -177,5 +178,23 @@ fn options_out_of_range_choose_a_token() {
         }
         let tokens = tokens(&backend, &rows);
         assert!(tokens.iter().all(|token| (0..50).contains(token)), "{tokens:?}");
+    }
+}
+
+/// The most ids there may be, all as probable as can be: sums of probabilities go up to 2^63.
+#[test]
+fn the_largest_vocabulary_fits_the_sums() {
+    let cpu: Arc<dyn Backend> = Arc::new(CpuBackend::new(Some(1)).unwrap());
+    let vocab = 1 << 19;
+    let rows = |vocab: usize| {
+        let params = SampleParams { temperature: 1.0, top_p: 0.75, ..row(1, &mut Random(0)).params };
+        let params = SampleParams { top_k: 0, min_p: 0.0, repetition_penalty: 1.0, ..params };
+        [Row { logits: vec![1.5; vocab], params, seen: vec![0; vocab.div_ceil(32)] }]
+    };
+    for Tested { backend, .. } in devices() {
+        assert_eq!(tokens(&backend, &rows(vocab)), tokens(&cpu, &rows(vocab)));
+        let refused = catch_unwind(AssertUnwindSafe(|| tokens(&backend, &rows(vocab + 1)))).unwrap_err();
+        let text = refused.downcast_ref::<String>().unwrap();
+        assert!(text.contains("a vocabulary of 524289; at most 524288"), "{text}");
     }
 }

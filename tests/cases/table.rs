@@ -107,7 +107,7 @@ pub fn edges() -> Vec<Case> {
     }
     cases.push(gated(18, 136, 2048, f16, true));
     // Every size of a decode batch, with more of K than sixteen warps take at once.
-    for m in [1, 2, 3, 4, 5, 6, 7, 8, 9, 17] {
+    for m in [1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17] {
         cases.push(linear(m, &[9, 8], 2056, bf16, Activation::None, m % 2 == 0, m % 3 == 0));
         cases.push(gated(m, 9, 2056, f16, m % 2 == 0));
     }

@@ -8,11 +8,9 @@ use crate::tensor::{DType, View};
 use bytemuck::NoUninit;
 use std::ops::Range;
 
-/// Rows, and outputs, of a block.
-const TILE: usize = 8;
+/// Outputs of a block.
+const OUTS: usize = 8;
 const WARPS: usize = 16;
-/// A block's partial sums.
-const SHARED: usize = WARPS * TILE * TILE * size_of::<f32>();
 /// Blocks in the second and third dimension of a grid.
 const MAX_GRID: usize = 65535;
 
@@ -62,7 +60,7 @@ pub unsafe fn linear(device: &Device, call: &Call<'_>, rows: Range<usize>) -> Re
         wide: wide as u32,
     };
     // SAFETY: the caller's obligation; the rows are in their views, as `part` asserts.
-    unsafe { launch(device, "matvec", &args) }
+    unsafe { launch(device, ["matvec_8", "matvec_16"], &args) }
 }
 
 /// `silu(x·Wgᵀ + bg) ⊙ (x·Wuᵀ + bu)` of the rows `rows`; see [`Op::GatedLinear`].
@@ -91,24 +89,28 @@ pub unsafe fn gated_linear(device: &Device, call: &Call<'_>, rows: Range<usize>)
         wide: 0,
     };
     // SAFETY: as above.
-    unsafe { launch(device, "matvec_gated", &args) }
+    unsafe { launch(device, ["matvec_gated_8", "matvec_gated_16"], &args) }
 }
 
+/// Launches the first kernel for up to eight rows, and the second for more.
+///
 /// # Safety
-/// `args` points to live memory, as the kernel's contract says.
-unsafe fn launch(device: &Device, kernel: &str, args: &Args) -> Result<()> {
+/// `args` points to live memory, as the kernels' contract says.
+unsafe fn launch(device: &Device, kernels: [&str; 2], args: &Args) -> Result<()> {
     if args.rows == 0 {
         return Ok(());
     }
     debug_assert!(args.ldw.is_multiple_of(8) && args.ldw >= args.k && args.weights.is_multiple_of(16));
     debug_assert!(!args.k.is_multiple_of(8) || args.x.is_multiple_of(16));
-    let tiles = (args.n as usize).div_ceil(TILE);
+    let tiles = (args.n as usize).div_ceil(OUTS);
     if tiles > MAX_GRID {
-        let problem = format!("a product with {} outputs; at most {} are possible", args.n, MAX_GRID * TILE);
+        let problem = format!("a product with {} outputs; at most {} are possible", args.n, MAX_GRID * OUTS);
         return Err(Error::Device { device: device.driver().name(), problem });
     }
-    let grid = [args.rows.div_ceil(TILE as u32), tiles as u32, 1];
-    let launch = Launch { kernel, grid, block: 32 * WARPS as u32, shared: SHARED as u32 };
+    let (kernel, rows) = if args.rows <= 8 { (kernels[0], 8) } else { (kernels[1], 16) };
+    let grid = [args.rows.div_ceil(rows as u32), tiles as u32, 1];
+    let shared = WARPS * rows * OUTS * size_of::<f32>();
+    let launch = Launch { kernel, grid, block: 32 * WARPS as u32, shared: shared as u32 };
     // SAFETY: the caller's obligation.
     unsafe { device.launch(launch, args) }
 }

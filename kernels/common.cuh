@@ -13,7 +13,7 @@ DEVICE int warp_id() { return threadIdx.x / WARP; }
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The sum over a warp, the same bits in every lane: a butterfly adds the same pairs in every lane.
-DEVICE float warp_sum(float x) {
+template <class T> DEVICE T warp_sum(T x) {
 #pragma unroll
     for (int step = WARP / 2; step > 0; step /= 2) x += shuffle_xor(x, step);
     return x;

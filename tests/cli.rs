@@ -188,7 +188,7 @@ fn errors_are_for_people() {
         (&["run", "--prompt", "x", "--context", "0"], 2, &["--context", "1024"]),
         (&["run", "--prompt", "x", "--kv-memory", "10"], 2, &["--kv-memory", "page"]),
         (&["run", "--prompt", "x", "--kv-memory", "lots"], 2, &["--kv-memory", "512MiB"]),
-        (&["run", "--prompt", "x", "--dtype", "bf16"], 2, &["--dtype"]),
+        (&["run", "--prompt", "x", "--dtype", "f16"], 2, &["--dtype"]),
         (&["run", "--prompt", "x", "--stop", ""], 2, &["--stop"]),
         (&["run", "--prompt", "x", "--template", "no-such-template"], 2, &["--template", "vicuna"]),
         (&["preprocess", "--image", &text], 1, &["answers.json"]),
@@ -289,6 +289,32 @@ fn devices_lists_the_processor() {
     assert!(text.starts_with("cpu ") && text.contains("cuda"), "{text}");
     let object: Value = serde_json::from_str(&stdout(&tessera(&["devices", "--json"]))).unwrap();
     assert_eq!(object["devices"][0]["name"], "cpu");
+    // Every kind of device is listed, with a reason if it cannot be used.
+    let all =
+        [&object["devices"], &object["unavailable"]].map(|list| list.as_array().unwrap().clone()).concat();
+    for kind in ["cuda", "emu"] {
+        let device = all.iter().find(|d| d["name"].as_str().unwrap().starts_with(kind)).expect(kind);
+        assert!(device["description"] != "" || device["problem"] != "", "{device}");
+    }
+}
+
+/// A device that is not there is an error with its reason, whatever the machine.
+#[test]
+fn a_device_that_is_absent_is_told() {
+    let output = tessera(&["run", "--prompt", "x", "--device", "cuda:4096"]);
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{error}");
+    assert!(error.starts_with("error: device cuda:4096: "), "{error}");
+    assert!(
+        error.contains("libcuda") || error.contains("no such GPU") || error.contains("driver"),
+        "{error}"
+    );
+    #[cfg(not(feature = "emu"))]
+    {
+        let output = tessera(&["run", "--prompt", "x", "--device", "emu"]);
+        assert!(String::from_utf8_lossy(&output.stderr).contains("--features emu"));
+    }
+    assert_eq!(tessera(&["run", "--prompt", "x", "--device", "gpu"]).status.code(), Some(2));
 }
 
 /// A reader that goes away, as `| head` does, is no failure.

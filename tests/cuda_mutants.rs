@@ -28,6 +28,14 @@ fn decode_cases(ops: &[&str]) -> Vec<(Case, Data)> {
     ours.map(with_data).collect()
 }
 
+/// Several sequences a call in both phases, and images.
+fn attention_cases() -> Vec<(Case, Data)> {
+    let calls = cases::sequences::CALLS.iter();
+    let calls = calls.map(|&(heads, sequences, decode)| cases::sequences::call(heads, sequences, decode, 1));
+    let images = [cases::attention(2, 65, 2, 72, false), cases::attention(1, 17, 2, 24, true)];
+    calls.chain(images.map(|case| (case.clone(), case.data(1, DType::BF16)))).collect()
+}
+
 /// What the device makes of a case; `None` if it reports a fault, or a guard was overwritten.
 fn outcome(backend: &Arc<dyn Backend>, (case, data): &(Case, Data)) -> Option<Results> {
     catch_unwind(AssertUnwindSafe(|| case.run(backend.clone(), data))).ok()
@@ -109,7 +117,7 @@ fn uncaught(file: &str, cases: &[(Case, Data)], run: Run<'_>) -> Vec<String> {
 }
 
 #[test]
-fn mutants_of_rows_are_caught() {
+fn mutants_are_caught() {
     let sampled = [7, 33, 1000].map(|vocab| {
         let mut random = Random(vocab);
         let rows: Vec<_> = (0..64).map(|_| cases::sampling::row(vocab as usize, &mut random)).collect();
@@ -120,6 +128,8 @@ fn mutants_of_rows_are_caught() {
         ("kernels/norm.cu", decode_cases(&["LayerNorm", "RmsNorm", "AddRmsNorm", "L2Normalize"])),
         ("kernels/rope.cu", decode_cases(&["RopeAppend"])),
         ("kernels/sample.cu", sampled.into()),
+        ("kernels/attention.cu", attention_cases()),
+        ("kernels/paged_decode.cu", attention_cases()),
     ];
     let emulator = Emulator::new(1, Emulator::LIMITS).unwrap();
     let backend: Arc<dyn Backend> =

@@ -90,6 +90,19 @@ pub struct Call<'a> {
     pub workspace: usize,
 }
 
+/// Ops that were recorded and can be repeated on the same operands; see [`Backend::record`].
+pub trait Recording: Send + Sync {
+    /// Runs all of them, or starts to.
+    ///
+    /// # Errors
+    /// As for [`Backend::run`].
+    ///
+    /// # Safety
+    /// As for [`Backend::run`], for each of the ops: operands and weights are live and where they were, with
+    /// the same row counts.
+    unsafe fn replay(&self) -> Result<()>;
+}
+
 /// A device.
 pub trait Backend: Send + Sync {
     /// The name, as the command line spells it, and what the device is.
@@ -97,6 +110,14 @@ pub trait Backend: Send + Sync {
 
     /// The dtype of activations and of the KV cache: f32 on the CPU, 16 bits on a GPU.
     fn dtype(&self) -> DType;
+
+    /// Bytes that are free for weights; `None` for a device that uses them where they are.
+    ///
+    /// # Errors
+    /// [`Error::Device`](crate::Error::Device).
+    fn available(&self) -> Result<Option<u64>> {
+        Ok(None)
+    }
 
     /// Memory, aligned to at least 64 bytes, on a GPU to 256. It holds anything: zeros on the CPU, on the
     /// emulated device what must not be read.
@@ -126,6 +147,15 @@ pub trait Backend: Send + Sync {
     /// index operands name rows that exist; results overlap neither each other nor any operand nor the
     /// workspace (a residual operand of a Linear may be its result); nobody else touches any of them meanwhile.
     unsafe fn run(&self, call: &Call<'_>) -> Result<()>;
+
+    /// Records the ops that `work` runs, without running them, so that they can be repeated with less work for
+    /// the host. `None`, without calling `work`, from a device that gains nothing by it.
+    ///
+    /// # Errors
+    /// What `work` says; [`Error::Device`](crate::Error::Device).
+    fn record(&self, _work: &mut dyn FnMut() -> Result<()>) -> Result<Option<Box<dyn Recording>>> {
+        Ok(None)
+    }
 
     /// Copies host bytes to the device.
     ///

@@ -1,11 +1,12 @@
-//! `tessera devices`: what could run a model here.
+//! `tessera devices`: what could run a model here, and why not what cannot.
 
 use super::options::format_size;
 use crate::backend::Backend;
 use crate::backend::cpu::CpuBackend;
+use crate::backend::cuda::gpu;
 use crate::error::Result;
 use clap::Args;
-use serde_json::json;
+use serde_json::{Value, json};
 
 /// Options of `tessera devices`.
 #[derive(Debug, Args)]
@@ -17,24 +18,93 @@ pub struct Devices {
 
 impl Devices {
     pub fn run(self) -> Result<()> {
-        let cpu = CpuBackend::new(None)?;
-        let memory = crate::backend::cpu::physical_memory();
-        let paths: Vec<_> = cpu.instruction_sets().collect();
+        let found = [vec![cpu()?], gpus(), vec![emulator()]].concat();
         if self.json {
-            let object = json!({
-                "devices": [{
-                    "name": "cpu", "description": cpu.describe(), "threads": cpu.threads(),
-                    "instruction_sets": paths, "memory_bytes": memory,
-                }]
-            });
+            let (usable, unusable): (Vec<_>, Vec<_>) = found.into_iter().partition(|d| d.problem.is_none());
+            let devices: Vec<_> = usable.into_iter().map(Found::json).collect();
+            let unavailable: Vec<_> = unusable.into_iter().map(Found::json).collect();
+            let kernels = (!gpu::COMPILER.is_empty()).then_some(gpu::COMPILER);
+            let object = json!({ "devices": devices, "unavailable": unavailable, "kernels": kernels });
             return super::print(&format!("{object}\n"));
         }
-        super::print(&format!(
-            "cpu   {}, {} of memory; instruction sets that kernels exist for here: {}\n\
-             cuda  not in this build: the CUDA kernels are not written yet\n",
-            cpu.describe(),
-            format_size(memory),
-            paths.join(", "),
-        ))
+        let width = found.iter().map(|device| device.name.len()).max().unwrap_or(0);
+        let lines = found.iter().map(|device| match &device.problem {
+            None => format!("{:<width$}  {}\n", device.name, device.description),
+            Some(problem) => format!("{:<width$}  not usable: {problem}\n", device.name),
+        });
+        super::print(&lines.collect::<String>())
     }
+}
+
+/// A device, and why it cannot be used, if so.
+#[derive(Clone, Debug)]
+struct Found {
+    name: String,
+    description: String,
+    problem: Option<String>,
+    more: Value,
+}
+
+impl Found {
+    fn json(self) -> Value {
+        let mut object = json!({ "name": self.name, "description": self.description });
+        let more = match self.problem {
+            Some(problem) => json!({ "problem": problem }),
+            None => self.more,
+        };
+        if let (Value::Object(object), Value::Object(more)) = (&mut object, more) {
+            object.extend(more);
+        }
+        object
+    }
+}
+
+fn cpu() -> Result<Found> {
+    let cpu = CpuBackend::new(None)?;
+    let memory = crate::backend::cpu::physical_memory();
+    let paths: Vec<_> = cpu.instruction_sets().collect();
+    let description = format!(
+        "{}, {} of memory; instruction sets that kernels exist for here: {}",
+        cpu.describe().trim_start_matches("cpu "),
+        format_size(memory),
+        paths.join(", ")
+    );
+    let more = json!({ "threads": cpu.threads(), "instruction_sets": paths, "memory_bytes": memory });
+    Ok(Found { name: "cpu".into(), description, problem: None, more })
+}
+
+fn gpus() -> Vec<Found> {
+    let absent = |problem| {
+        let (name, description) = ("cuda".into(), String::new());
+        vec![Found { name, description, problem: Some(problem), more: Value::Null }]
+    };
+    let named = match gpu::list() {
+        Ok(named) => named,
+        Err(problem) => return absent(problem),
+    };
+    let built = !gpu::MODULES.is_empty();
+    let found = named.into_iter().enumerate().map(|(ordinal, description)| Found {
+        name: format!("cuda:{ordinal}"),
+        problem: (!built).then(|| {
+            let remedy = "put nvcc on the PATH or run kernels/fetch-nvcc, then build again";
+            format!("{description}; {}: {remedy}", gpu::NO_KERNELS)
+        }),
+        description: format!("{description}; kernels by {}", gpu::COMPILER),
+        more: Value::Null,
+    });
+    found.collect()
+}
+
+#[cfg(feature = "emu")]
+fn emulator() -> Found {
+    let kernels = crate::backend::cuda::emu::kernels().count();
+    let description =
+        format!("the GPU's {kernels} kernels on the processor, every access checked; slow, for tests");
+    Found { name: "emu".into(), description, problem: None, more: json!({ "kernels": kernels }) }
+}
+
+#[cfg(not(feature = "emu"))]
+fn emulator() -> Found {
+    let problem = "not in this build; build with `--features emu`".to_string();
+    Found { name: "emu".into(), description: String::new(), problem: Some(problem), more: Value::Null }
 }

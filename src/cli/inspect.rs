@@ -8,7 +8,7 @@ use crate::model::config::{ModelConfig, SelectStrategy};
 use crate::model::weights::{TensorInfo, Weights};
 use crate::op::{Cost, KvExtent};
 use crate::runtime::{Model, Session};
-use crate::tensor::{Bindings, View};
+use crate::tensor::{Bindings, DType, View};
 use clap::{Args, ValueEnum};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -162,11 +162,13 @@ fn card(session: &Session) -> String {
     lines.push(("chat template", model.prompter().template().name().into()));
     lines.push(("device", model.backend().describe()));
     let plan = session.memory();
+    let on_cpu = model.backend().dtype() == DType::F32;
     lines.push((
         "memory plan",
         format!(
-            "weights {} (as stored) + KV cache {} ({} pages of {} positions, context {}) + activations {} = {}",
+            "weights {} ({}) + KV cache {} ({} pages of {} positions, context {}) + activations {} = {}",
             format_size(plan.weights),
+            if on_cpu { "as stored" } else { model.backend().dtype().name() },
             format_size(plan.kv),
             plan.pages,
             crate::op::PAGE,
@@ -177,7 +179,11 @@ fn card(session: &Session) -> String {
     ));
     lines.push((
         "row results",
-        "the same bits in any batch, chunk, page layout and thread count, on every instruction set".into(),
+        match on_cpu {
+            true => "the same bits in any batch, chunk, page layout and thread count, on every instruction set",
+            false => "the same bits in any batch, chunk and page layout; they differ between given and chosen tokens",
+        }
+        .into(),
     ));
     let mut text: String = lines.iter().map(|(key, value)| format!("{key:<15} {value}\n")).collect();
     text += &tensor_table(model.weights());

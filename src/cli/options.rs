@@ -1,10 +1,10 @@
 //! Options that several commands share, and what the library makes of them.
 
 use super::progress;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::input::image::ImageMode;
 use crate::model::checkpoint::LoadMode;
-use crate::runtime::{LoadOptions, Sampling, SessionOptions, Source};
+use crate::runtime::{Device, DeviceOptions, LoadOptions, Sampling, SessionOptions, Source};
 use crate::tensor::DType;
 use clap::{Args, ValueEnum};
 
@@ -15,7 +15,7 @@ pub struct ModelArgs {
     #[arg(long, default_value = "demo")]
     pub model: String,
     /// Where the model runs
-    #[arg(long, value_enum, default_value_t = Device::Auto)]
+    #[arg(long, value_name = "auto|cpu|cuda[:N]|emu", default_value_t = Device::Auto)]
     pub device: Device,
     /// Threads of the CPU backend [default: one for each core]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
@@ -29,9 +29,12 @@ pub struct ModelArgs {
     /// What happens to pictures that are not square [auto: as the checkpoint says]
     #[arg(long, value_enum, default_value_t = Mode::Auto)]
     pub image_mode: Mode,
-    /// The dtype of a preset's weights [auto: f16]; a checkpoint's weights are used as stored
+    /// What a GPU computes in [auto: as stored, bf16 for f32]; the dtype of a preset's weights [auto: f16]
     #[arg(long, value_enum, default_value_t = Dtype::Auto)]
     pub dtype: Dtype,
+    /// Wait for every op on a GPU, so that an error names the one that made it
+    #[arg(long)]
+    pub check_launches: bool,
 }
 
 /// How large a session is.
@@ -71,15 +74,6 @@ pub struct SamplingArgs {
     pub seed: Option<u64>,
 }
 
-/// `--device`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Device {
-    /// The fastest there is.
-    Auto,
-    /// The processor.
-    Cpu,
-}
-
 /// `--load-mode`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Load {
@@ -103,7 +97,7 @@ pub enum Mode {
 /// `--dtype`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Dtype {
-    /// f16 for presets.
+    /// As the checkpoint says; f16 for presets.
     Auto,
     /// bfloat16.
     Bf16,
@@ -112,12 +106,18 @@ pub enum Dtype {
 }
 
 impl Dtype {
+    /// The dtype asked for.
+    pub fn given(self) -> Option<DType> {
+        match self {
+            Dtype::Auto => None,
+            Dtype::F16 => Some(DType::F16),
+            Dtype::Bf16 => Some(DType::BF16),
+        }
+    }
+
     /// The dtype of random weights.
     pub fn weights(self) -> DType {
-        match self {
-            Dtype::Auto | Dtype::F16 => DType::F16,
-            Dtype::Bf16 => DType::BF16,
-        }
+        self.given().unwrap_or(DType::F16)
     }
 }
 
@@ -125,14 +125,15 @@ impl ModelArgs {
     /// The model's source and how to load it.
     pub fn load_options(&self) -> Result<(Source, LoadOptions)> {
         let source = Source::parse(&self.model)?;
-        if self.dtype != Dtype::Auto && !matches!(source, Source::Preset(_)) {
-            let expected = "auto: on the CPU a checkpoint's weights are used as stored";
-            return Err(Error::option("--dtype", expected, format!("{:?}", self.dtype).to_lowercase()));
-        }
         let options = LoadOptions {
             load_mode: match self.load_mode {
                 Load::Mmap => LoadMode::Mmap,
                 Load::Read => LoadMode::Read,
+            },
+            device: DeviceOptions {
+                device: self.device,
+                dtype: self.dtype.given(),
+                check_launches: self.check_launches,
             },
             threads: self.threads.map(usize::from),
             template: self.template.clone(),

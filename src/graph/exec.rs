@@ -1,9 +1,14 @@
 //! The executor: a for-loop over the nodes of a planned graph.
 //!
 //! Addresses of everything are resolved once; a step binds row counts and runs. It allocates nothing.
+//!
+//! On a device that records ([`Backend::record`]), work that comes again and again with the same row counts is
+//! recorded and from then on replayed with one call to the device: vision, and decode steps of up to
+//! [`MAX_RECORDED_ROWS`] rows. The first such step runs node by node, the second is recorded. Whatever else differs from
+//! step to step (ids, positions, page tables) is read from device memory.
 
 use super::{Graph, Plan, Source, ValueId};
-use crate::backend::{Backend, Buffer, Call};
+use crate::backend::{Backend, Buffer, Call, Recording};
 use crate::error::{Error, Result};
 use crate::tensor::{Bindings, DType, View};
 use std::ops::Range;
@@ -57,6 +62,29 @@ const MAX_INS: usize = 8;
 const MAX_WEIGHTS: usize = 8;
 const MAX_OUTS: usize = 2;
 
+/// Decode steps of more rows than this run node by node: their launches take longer than asking for them does.
+pub const MAX_RECORDED_ROWS: usize = 8;
+
+/// Most recordings of one executor; what does not fit runs node by node.
+const MAX_RECORDINGS: usize = 16;
+
+/// What must be the same for work to be replayed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Repeatable {
+    nodes: Range<usize>,
+    tokens: usize,
+    outputs: usize,
+    images: usize,
+}
+
+/// How far a recording has come.
+enum Recorded {
+    /// It ran once, so the device knows all of its kernels.
+    Once,
+    /// It is replayed.
+    Ready(Box<dyn Recording>),
+}
+
 /// A planned graph over an arena.
 pub struct Executor {
     graph: Arc<Graph>,
@@ -65,6 +93,8 @@ pub struct Executor {
     arena: Arc<Buffer>,
     /// The address of each value.
     addrs: Vec<usize>,
+    recordings: Vec<(Repeatable, Recorded)>,
+    records: bool,
 }
 
 impl Executor {
@@ -96,7 +126,8 @@ impl Executor {
             assert!(node.ins.len() <= MAX_INS && node.outs.len() <= MAX_OUTS);
             assert!(node.weights.len() <= MAX_WEIGHTS);
         }
-        Executor { graph, backend, plan, arena, addrs }
+        let recordings = Vec::with_capacity(MAX_RECORDINGS);
+        Executor { graph, backend, plan, arena, addrs, recordings, records: true }
     }
 
     /// The graph.
@@ -182,6 +213,14 @@ impl Executor {
         unsafe { self.backend.download(view.addr, bytes) }
     }
 
+    /// Writes a value that a node made, on a device of f32.
+    pub(super) fn overwrite(&mut self, value: ValueId, bindings: &Bindings, data: &[f32]) -> Result<()> {
+        let view = self.view(value, bindings);
+        assert_eq!((view.len(), view.dtype), (data.len(), DType::F32));
+        // SAFETY: the value's own block of the arena; `&mut self` as in `write_at`.
+        unsafe { self.backend.upload(view.addr, bytemuck::cast_slice(data)) }
+    }
+
     /// Reads a kept value of floats, widened to f32.
     ///
     /// # Errors
@@ -223,6 +262,22 @@ impl Executor {
         control: &Control,
     ) -> Result<()> {
         self.check(bindings);
+        if control.is_cancelled() {
+            return Err(Error::Cancelled);
+        }
+        match self.repeatable(&nodes, bindings) {
+            // SAFETY: passed on from the caller.
+            Some(key) => unsafe { self.repeat(key, bindings, control) },
+            // SAFETY: passed on from the caller.
+            None => unsafe { self.run_each(nodes, bindings, control) },
+        }
+    }
+
+    /// Runs nodes one by one.
+    ///
+    /// # Safety
+    /// As for [`run`](Executor::run).
+    unsafe fn run_each(&self, nodes: Range<usize>, bindings: &Bindings, control: &Control) -> Result<()> {
         for node in nodes {
             if control.is_cancelled() {
                 return Err(Error::Cancelled);
@@ -230,6 +285,50 @@ impl Executor {
             // SAFETY: passed on from the caller.
             unsafe { self.run_node(node, bindings)? };
             control.0.done.fetch_add(1, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    /// Whether this is work to record.
+    fn repeatable(&self, nodes: &Range<usize>, bindings: &Bindings) -> Option<Repeatable> {
+        let Bindings { tokens, decode, outputs, decode_outputs, images, .. } = *bindings;
+        let decode_step = (tokens, outputs) == (decode, decode_outputs) && tokens <= MAX_RECORDED_ROWS;
+        let worth = self.records && (images > 0 || decode_step);
+        worth.then(|| Repeatable { nodes: nodes.clone(), tokens, outputs, images })
+    }
+
+    /// Runs nodes that may have been recorded.
+    ///
+    /// # Safety
+    /// As for [`run`](Executor::run).
+    unsafe fn repeat(&mut self, key: Repeatable, bindings: &Bindings, control: &Control) -> Result<()> {
+        let nodes = key.nodes.clone();
+        let Some(at) = self.recordings.iter().position(|(known, _)| *known == key) else {
+            if self.recordings.len() < MAX_RECORDINGS {
+                self.recordings.push((key, Recorded::Once));
+            }
+            // SAFETY: passed on from the caller.
+            return unsafe { self.run_each(nodes, bindings, control) };
+        };
+        if matches!(self.recordings[at].1, Recorded::Once) {
+            // Page tables grow from step to step; recorded launches see room for the longest.
+            let longest = &Bindings { table_entries: self.plan.max.table_entries, ..*bindings };
+            // SAFETY: passed on from the caller; while they are recorded, nodes touch nothing.
+            let mut work = || unsafe { self.run_each(nodes.clone(), longest, &Control::default()) };
+            match self.backend.record(&mut work)? {
+                Some(recording) => self.recordings[at].1 = Recorded::Ready(recording),
+                None => {
+                    self.records = false;
+                    // SAFETY: passed on from the caller.
+                    return unsafe { self.run_each(nodes, bindings, control) };
+                }
+            }
+        }
+        if let Recorded::Ready(recording) = &self.recordings[at].1 {
+            // SAFETY: the arena, the weights and the states are where they were when this was recorded (they are
+            // fixed in `new`), and row counts are the same (`key`); the rest is passed on from the caller.
+            unsafe { recording.replay()? };
+            control.0.done.fetch_add(nodes.len(), Ordering::Relaxed);
         }
         Ok(())
     }
@@ -263,7 +362,7 @@ impl Executor {
     ///
     /// # Safety
     /// As for [`run`](Executor::run).
-    unsafe fn run_node(&mut self, node: usize, bindings: &Bindings) -> Result<()> {
+    pub(super) unsafe fn run_node(&self, node: usize, bindings: &Bindings) -> Result<()> {
         let node = &self.graph.nodes[node];
         let mut ins = [View::EMPTY; MAX_INS];
         let mut outs = [View::EMPTY; MAX_OUTS];
@@ -303,10 +402,16 @@ impl Executor {
         // SAFETY: views are blocks of the arena or states, with the types `infer` gave (the builder) and
         // no more rows than planned (`check`); the planner keeps blocks that live at once apart and
         // sized the workspace for this op; index operands and states are the caller's obligation.
-        unsafe { self.backend.run(&call) }
+        unsafe { self.backend.run(&call) }.map_err(|error| match error {
+            Error::Device { device, problem } => {
+                let problem = format!("node `{}` ({}): {problem}", node.name, node.op.name());
+                Error::Device { device, problem }
+            }
+            other => other,
+        })
     }
 
-    fn check(&self, bindings: &Bindings) {
+    pub(super) fn check(&self, bindings: &Bindings) {
         let (b, max) = (bindings, &self.plan.max);
         assert!(
             b.decode <= b.tokens

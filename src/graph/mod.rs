@@ -4,6 +4,7 @@
 //! it can be read in `model/`. Row counts are symbols bound at run time ([`Bindings`]), so the same
 //! nodes at the same arena offsets serve a prefill chunk and a decode step, and a step allocates nothing.
 
+pub mod diff;
 mod exec;
 mod plan;
 

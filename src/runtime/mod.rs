@@ -5,6 +5,7 @@
 //! running model writes to: one arena and the KV cache. [`Engine`] is a session with a front desk.
 
 pub mod batch;
+pub mod device;
 pub mod engine;
 pub mod kv;
 pub mod model;
@@ -16,6 +17,7 @@ pub mod session;
 pub mod size;
 
 pub use batch::{Advance, Phase, Want};
+pub use device::{Device, DeviceOptions};
 pub use engine::{Engine, ImageHandle};
 pub use model::{LoadOptions, Model, Source};
 pub use request::{Completion, FinishReason, Input, Request};

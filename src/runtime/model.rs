@@ -1,7 +1,8 @@
 //! A model: what a checkpoint says and holds, ready to be run by any number of sessions.
 
+use super::device::DeviceOptions;
 use crate::backend::Backend;
-use crate::backend::cpu::{CpuBackend, physical_memory};
+use crate::backend::cpu::physical_memory;
 use crate::error::{Error, Result};
 use crate::folder::Folder;
 use crate::graph::Graph;
@@ -13,7 +14,7 @@ use crate::model::json;
 use crate::model::llama::Llama;
 use crate::model::llava::{self, Language, Vision};
 use crate::model::preset::Preset;
-use crate::model::weights::Weights;
+use crate::model::weights::{TensorInfo, Weights};
 use crate::tensor::DType;
 use std::fmt;
 use std::path::PathBuf;
@@ -94,6 +95,8 @@ impl fmt::Display for Source {
 pub struct LoadOptions {
     /// Map weight files, or read them.
     pub load_mode: LoadMode,
+    /// Where it runs.
+    pub device: DeviceOptions,
     /// Threads of the CPU backend; `None` takes one for each core.
     pub threads: Option<usize>,
     /// A chat template by name or file, instead of the checkpoint's own.
@@ -122,6 +125,7 @@ impl Default for LoadOptions {
     fn default() -> Self {
         LoadOptions {
             load_mode: LoadMode::Mmap,
+            device: DeviceOptions::default(),
             threads: None,
             template: None,
             image_mode: None,
@@ -146,12 +150,13 @@ pub struct Model {
 }
 
 impl Model {
-    /// Loads a model. Weight files are mapped, not read: this takes milliseconds however large they are.
+    /// Loads a model. On the CPU weight files are mapped, not read: this takes milliseconds however large they
+    /// are. A GPU's memory is filled from them.
     ///
     /// # Errors
     /// Whatever is wrong with the files or the options, named.
     pub fn load(source: &Source, options: &LoadOptions) -> Result<Self> {
-        let backend: Arc<dyn Backend> = Arc::new(CpuBackend::new(options.threads)?);
+        let backend = options.device.open(options.threads, || stored_dtype(source, options))?;
         Model::load_on(backend, source, options)
     }
 
@@ -191,6 +196,7 @@ impl Model {
                 (config, generation, Weights::open(&folder, options.load_mode)?)
             }
         };
+        check_fit(&*backend, source, &weights)?;
         let vision = llava::vision(&*backend, &config, &weights)?;
         let language = llava::language(&*backend, &config, &weights)?;
         let mut preprocess = preprocess_of(source, &config)?;
@@ -269,6 +275,29 @@ impl Model {
     pub fn llama(&self) -> &Llama {
         &self.language.ends
     }
+}
+
+/// The dtype that a model's weights are in, as far as it says.
+fn stored_dtype(source: &Source, options: &LoadOptions) -> Result<Option<DType>> {
+    match source {
+        Source::Preset(_) => Ok(Some(options.preset_dtype)),
+        Source::Demo | Source::Directory(_) => Ok(ModelConfig::load(&source.existing_folder()?)?.dtype),
+    }
+}
+
+/// Refuses weights that will not fit before the first of them is copied.
+fn check_fit(backend: &dyn Backend, source: &Source, weights: &Weights) -> Result<()> {
+    let Some(available) = backend.available()? else { return Ok(()) };
+    let bytes = |tensor: &TensorInfo| {
+        let elements = tensor.bytes / tensor.weight_dtype().map_or(1, DType::size);
+        (elements * backend.dtype().size()) as u64
+    };
+    let needed = weights.tensors().iter().map(bytes).sum();
+    if needed > available {
+        let (what, remedy) = (format!("the weights of {source}"), " on the device".into());
+        return Err(Error::Memory { what, needed, available, remedy });
+    }
+    Ok(())
 }
 
 /// How pictures become pixels for a model that is not loaded: only its configuration files are read.

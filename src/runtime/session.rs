@@ -139,7 +139,7 @@ impl Session {
             )));
         }
         let mut end = 0;
-        let row_bytes = self.model.config().text.hidden_size * size_of::<f32>();
+        let row_bytes = self.model.config().text.hidden_size * self.model.backend().dtype().size();
         for (range, image) in &images {
             if image.rows.bytes != image.len * row_bytes {
                 return Err(Error::Prompt(format!(

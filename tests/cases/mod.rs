@@ -10,10 +10,12 @@
 pub mod bounds;
 #[allow(dead_code, reason = "each test program uses a part")]
 pub mod sampling;
+#[allow(dead_code, reason = "each test program uses a part")]
+pub mod sequences;
 mod table;
 
 #[allow(unused_imports, reason = "each test program uses a part")]
-pub use table::{all, edges, gated, linear, patch_embed};
+pub use table::{all, attention, edges, gated, linear, paged_attention, patch_embed};
 
 use std::sync::Arc;
 use tessera::backend::{Backend, Buffer};

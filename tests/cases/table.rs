@@ -143,7 +143,7 @@ pub fn edges() -> Vec<Case> {
         cases.push(paged_attention(15, 2, 2, 1, head_dim));
         cases.push(rope(15, 2, 2, 1, head_dim));
     }
-    for rows in [15, 16, 63, 64, 65, 129, 577] {
+    for rows in [15, 16, 63, 64, 65, 129, 577, 641] {
         cases.push(attention(if rows > 100 { 1 } else { 2 }, rows, 1, 64, rows % 2 == 0));
     }
     for end in [31, 32, 33, 64, 65, 127, 128, 129, 300] {
@@ -153,6 +153,8 @@ pub fn edges() -> Vec<Case> {
     }
     cases.push(paged_attention(0, 577, 1, 1, 16));
     cases.push(paged_attention(1030, 2, 2, 2, 64));
+    // More query heads than one block of decode serves.
+    cases.push(paged_attention(140, 3, 20, 1, 40));
     cases.push(rope(250, 65, 3, 1, 64));
     // 576 patches, one more than a tile's multiple with the class row.
     cases.push(patch_embed(2, 48, 2, 24, DType::F32));

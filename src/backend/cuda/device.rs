@@ -1,7 +1,7 @@
 //! A device as launch functions see it: one dtype, limits, kernels by name.
 
-use super::driver::{Driver, Kernel, Limits, Recording, Shape};
-use crate::backend::Buffer;
+use super::driver::{Driver, Kernel, Limits, Shape};
+use crate::backend::{Buffer, Recording};
 use crate::error::{Error, Result};
 use crate::tensor::DType;
 use std::collections::HashMap;

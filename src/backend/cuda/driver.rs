@@ -1,6 +1,7 @@
 //! What a CUDA device must be able to do. Two drivers stand under [`Device`](super::device::Device): a GPU, and
 //! the emulated device that runs the same kernels on any machine.
 
+use crate::backend::Recording;
 use crate::error::Result;
 
 /// What kernels must know of a device to choose their tiles.
@@ -27,18 +28,6 @@ pub struct Shape {
     pub block: u32,
     /// Bytes of dynamic shared memory of a block.
     pub shared: u32,
-}
-
-/// Launches that were recorded once and can be repeated, with the same arguments.
-pub trait Recording: Send + Sync {
-    /// Starts all of them, in order.
-    ///
-    /// # Errors
-    /// [`Error::Device`](crate::Error::Device).
-    ///
-    /// # Safety
-    /// All memory that the arguments point to is live, and nobody else touches it meanwhile.
-    unsafe fn replay(&self) -> Result<()>;
 }
 
 /// A device's memory and one queue of work: what is asked for runs in order, and may run later.

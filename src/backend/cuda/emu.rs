@@ -1,7 +1,8 @@
 //! The driver of the emulated device: kernels run on the host, and every access of every thread is checked.
 //! `kernels/emu/api.h` is the C interface that this file speaks, and tells what is checked.
 
-use super::driver::{Driver, Kernel, Limits, Recording, Shape};
+use super::driver::{Driver, Kernel, Limits, Shape};
+use crate::backend::Recording;
 use crate::error::{Error, Result};
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

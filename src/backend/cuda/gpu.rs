@@ -2,8 +2,9 @@
 //! and probed before it is called: a machine without it, or with one that lacks a function, has no GPU and a
 //! reason, never a panic.
 
-use super::driver::{Driver, Kernel, Limits, Recording, Shape};
+use super::driver::{Driver, Kernel, Limits, Shape};
 use super::staging::Staging;
+use crate::backend::Recording;
 use crate::error::{Error, Result};
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute, CUresult};
 use std::ffi::{CStr, CString, c_char, c_void};
@@ -26,6 +27,9 @@ mod embedded {
     include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 }
 pub use embedded::{COMPILER, MODULES};
+
+/// What a build that found no nvcc lacks.
+pub const NO_KERNELS: &str = "this build has no kernels for GPUs";
 
 /// The functions called here, by the names they have in the library.
 const FUNCTIONS: [&str; 33] = [
@@ -125,6 +129,53 @@ pub fn count() -> Result<usize, String> {
     Ok(count as usize)
 }
 
+/// What the GPUs of this machine are, by their numbers; nothing is opened.
+///
+/// # Errors
+/// Why there are none, in words.
+pub fn list() -> Result<Vec<String>, String> {
+    (0..count()?)
+        .map(|ordinal| {
+            // SAFETY: the library is initialised (`count`), the number is below the count.
+            let device = ask("cuDeviceGet", |d| unsafe { sys::cuDeviceGet(d, ordinal as i32) })?;
+            // SAFETY: as above.
+            let bytes = ask("cuDeviceTotalMem", |b| unsafe { sys::cuDeviceTotalMem_v2(b, device) })?;
+            let Limits { multiprocessors, capability: (major, minor), .. } = limits(device)?;
+            Ok(format!(
+                "{}, compute capability {major}.{minor}, {multiprocessors} multiprocessors, {:.1} GiB, driver of \
+                 CUDA {}",
+                name(device),
+                bytes as f64 / (1u64 << 30) as f64,
+                version()
+            ))
+        })
+        .collect()
+}
+
+fn limits(device: sys::CUdevice) -> Result<Limits, String> {
+    let attribute = |a: Attribute| {
+        // SAFETY: the library is initialised and gave the device; the number is ours.
+        let value = ask("cuDeviceGetAttribute", |v| unsafe { sys::cuDeviceGetAttribute(v, a, device) });
+        value.map(|value| value.max(0) as u32)
+    };
+    Ok(Limits {
+        multiprocessors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
+        shared_per_block: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
+        capability: (
+            attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+            attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+        ),
+    })
+}
+
+fn name(device: sys::CUdevice) -> String {
+    let mut name = [0u8; 256];
+    // SAFETY: the array is as long as it is said to be; what is written ends with a zero byte.
+    let told = unsafe { sys::cuDeviceGetName(name.as_mut_ptr().cast(), name.len() as i32, device) };
+    let name = CStr::from_bytes_until_nul(&name).ok().filter(|_| told == CUresult::CUDA_SUCCESS);
+    name.map_or("GPU".into(), |name| name.to_string_lossy().into_owned())
+}
+
 /// A GPU.
 pub struct Gpu(Arc<Context>);
 
@@ -161,7 +212,7 @@ impl Gpu {
             return Err(named(format!("there is no such GPU; they are numbered 0 to {}", count - 1)));
         }
         if MODULES.is_empty() {
-            return Err(named("this build has no kernels for GPUs: build it where nvcc is".into()));
+            return Err(named(format!("{NO_KERNELS}; see `tessera devices`")));
         }
         Context::open(ordinal).map(|context| Gpu(Arc::new(context))).map_err(named)
     }
@@ -171,19 +222,7 @@ impl Context {
     fn open(ordinal: usize) -> Result<Self, String> {
         // SAFETY: the library is initialised (`count`), the number is below the count; so for all calls here.
         let device = ask("cuDeviceGet", |d| unsafe { sys::cuDeviceGet(d, ordinal as i32) })?;
-        let attribute = |a: Attribute| {
-            // SAFETY: as above.
-            let value = ask("cuDeviceGetAttribute", |v| unsafe { sys::cuDeviceGetAttribute(v, a, device) });
-            value.map(|value| value.max(0) as u32)
-        };
-        let limits = Limits {
-            multiprocessors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
-            shared_per_block: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
-            capability: (
-                attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
-                attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
-            ),
-        };
+        let limits = limits(device)?;
         if limits.capability < (8, 0) {
             let (major, minor) = limits.capability;
             return Err(format!("its compute capability is {major}.{minor}; the kernels need 8.0 (Ampere)"));
@@ -302,15 +341,10 @@ impl Driver for Gpu {
     }
 
     fn describe(&self) -> String {
-        let mut name = [0u8; 256];
-        // SAFETY: the array is as long as it is said to be; what is written ends with a zero byte.
-        let told =
-            unsafe { sys::cuDeviceGetName(name.as_mut_ptr().cast(), name.len() as i32, self.0.device) };
-        let name = CStr::from_bytes_until_nul(&name).ok().filter(|_| told == CUresult::CUDA_SUCCESS);
-        let name = name.map_or("GPU".into(), |name| name.to_string_lossy());
         let Limits { multiprocessors, capability: (major, minor), .. } = self.0.limits;
         format!(
-            "{name}, compute capability {major}.{minor}, {multiprocessors} multiprocessors, driver of CUDA {}",
+            "{}, compute capability {major}.{minor}, {multiprocessors} multiprocessors, driver of CUDA {}",
+            name(self.0.device),
             version()
         )
     }

@@ -9,6 +9,7 @@
 //! kernels for each. A row's bits are the same in any batch, chunk and pages, but differ between the phases, and
 //! between architectures.
 
+mod attention;
 pub mod device;
 pub mod driver;
 mod embed;
@@ -25,8 +26,8 @@ mod staging;
 pub mod tile;
 mod weights;
 
-use super::{Backend, Buffer, Call, Prepared};
-use crate::error::{Error, Result};
+use super::{Backend, Buffer, Call, Prepared, Recording};
+use crate::error::Result;
 use crate::op::{Op, WeightType};
 use crate::tensor::{DType, View, Weight};
 use device::Device;
@@ -51,7 +52,8 @@ impl CudaBackend {
         Ok(CudaBackend { device: Device::new(driver, dtype)?, tied: Tied::default(), check_launches: false })
     }
 
-    /// Waits for every op before the next begins, so that an error is told of the op that made it.
+    /// Waits for every op before the next begins, so that an error is told of the op that made it. Nothing is
+    /// recorded then.
     pub fn check_launches(self, yes: bool) -> Self {
         CudaBackend { check_launches: yes, ..self }
     }
@@ -97,24 +99,17 @@ impl CudaBackend {
                 Op::L2Normalize => norm::l2_normalize(device, call),
                 Op::Linear { .. } => by_phase(device, call, matvec::linear, linear::linear),
                 Op::GatedLinear { .. } => by_phase(device, call, matvec::gated_linear, linear::gated_linear),
-                Op::Attention { .. } => self.missing(call),
+                Op::Attention { .. } => attention::dense(device, call),
                 Op::RopeAppend { .. } => rope::rope_append(device, call),
-                Op::PagedAttention { .. } => by_phase(device, call, missing_rows, missing_rows),
+                Op::PagedAttention { .. } => {
+                    by_phase(device, call, attention::paged_decode, attention::paged_prefill)
+                }
                 Op::EmbedRows => embed::embed_rows(device, call),
                 Op::SelectRows { .. } => embed::select_rows(device, call),
                 Op::Sample => sample::sample(device, call),
             }
         }
     }
-
-    fn missing(&self, call: &Call<'_>) -> Result<()> {
-        missing_rows(&self.device, call, 0..0)
-    }
-}
-
-fn missing_rows(device: &Device, call: &Call<'_>, _: Range<usize>) -> Result<()> {
-    let problem = format!("the kernels of {} are not written yet", call.op.name());
-    Err(Error::Device { device: device.driver().name(), problem })
 }
 
 /// A launch function for some of a call's rows.
@@ -147,6 +142,14 @@ impl Backend for CudaBackend {
         self.device.dtype()
     }
 
+    fn available(&self) -> Result<Option<u64>> {
+        self.device.driver().memory().map(|(free, _)| Some(free))
+    }
+
+    fn record(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Option<Box<dyn Recording>>> {
+        if self.check_launches { Ok(None) } else { self.device.record(work).map(Some) }
+    }
+
     fn alloc(&self, what: &str, bytes: usize) -> Result<Buffer> {
         self.device.alloc(what, bytes)
     }
@@ -161,6 +164,7 @@ impl Backend for CudaBackend {
                 let matrices = if *bias { weights.len() / 2 } else { weights.len() };
                 linear::workspace(ins[0].rows, &weights[..matrices])
             }
+            Op::PagedAttention { .. } => attention::workspace(&self.device, op, ins[0].rows, ins[3].rows),
             Op::PatchEmbed { .. }
             | Op::LayerNorm { .. }
             | Op::RmsNorm { .. }
@@ -168,7 +172,6 @@ impl Backend for CudaBackend {
             | Op::L2Normalize
             | Op::Attention { .. }
             | Op::RopeAppend { .. }
-            | Op::PagedAttention { .. }
             | Op::EmbedRows
             | Op::SelectRows { .. }
             | Op::Sample => 0,

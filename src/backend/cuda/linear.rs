@@ -46,8 +46,8 @@ const WIDE: u32 = 1;
 const GATED: u32 = 2;
 
 impl GemmArgs {
-    /// The arguments of a product with a matrix whose rows are `row_bytes` apart, in slices with partial sums in the
-    /// workspace, and its launch by the quickest of `tiles`.
+    /// The arguments of a product with a matrix whose rows are `row_bytes` apart, in slices with partial sums
+    /// in the workspace, and its launch by the quickest of `tiles`.
     ///
     /// # Errors
     /// [`Error::Device`] if a block may not have the shared memory of any of them.
@@ -87,7 +87,8 @@ impl GemmArgs {
     }
 }
 
-/// Bytes of partial sums that [`linear`] and [`gated_linear`] need for `rows` rows of x and the columns of all `matrices`.
+/// Bytes of partial sums that [`linear`] and [`gated_linear`] need for `rows` rows of x and the columns of
+/// all `matrices`.
 pub fn workspace(rows: usize, matrices: &[WeightType]) -> usize {
     let shape = shape(rows, matrices.iter().map(|matrix| matrix.rows).sum(), matrices[0].cols);
     tile::partials(tiles(shape.depth), shape, tile::slices(shape.cols, shape.depth)) as usize
@@ -144,8 +145,8 @@ unsafe fn linear_by(
             activation: activation(act),
             form: if wide { WIDE } else { PLAIN },
         };
-        // SAFETY: the caller's obligation; the rows are in their views, as `part` asserts, and the workspace is as
-        // large as `workspace` said.
+        // SAFETY: the caller's obligation; the rows are in their views, as `part` asserts, and the workspace
+        // is as large as `workspace` said.
         unsafe { device.launch(launch, &args)? };
     }
     Ok(())
@@ -229,7 +230,8 @@ mod tests {
         Weight { name: "w".into(), dtype, rows, cols, bytes }
     }
 
-    /// The bytes that a product of `m` rows with matrices `[n, k]` gives, by some of `tiles`, with launches that are cut there.
+    /// The bytes that a product of `m` rows with matrices `[n, k]` gives, by some of `tiles`, with launches
+    /// that are cut there.
     fn product(
         dtype: DType,
         op: &Op,

@@ -18,6 +18,7 @@ mod embed;
 #[cfg(feature = "emu")]
 pub mod emu;
 pub mod gpu;
+pub mod ledger;
 mod linear;
 mod matvec;
 mod norm;

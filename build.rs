@@ -28,6 +28,7 @@ fn main() {
     for name in ["NVCC", "CUDA_HOME", "CUDA_PATH"] {
         println!("cargo:rerun-if-env-changed={name}");
     }
+    name_commit();
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     let nvcc = find_nvcc(&out);
     match &nvcc {
@@ -41,6 +42,25 @@ fn main() {
     }
     #[cfg(feature = "emu")]
     emulated::compile(&out);
+}
+
+/// Tells a release build of a checkout which commit it is of: `bench` prints it beside every figure.
+/// Development builds do without, or every commit would build the library anew.
+fn name_commit() {
+    let git = |arguments: &[&str]| {
+        let output = Command::new("git").args(arguments).output().ok()?;
+        let text = String::from_utf8(output.stdout).ok()?;
+        output.status.success().then(|| text.trim().to_string())
+    };
+    if env::var("PROFILE").as_deref() != Ok("release") {
+        return;
+    }
+    if let (Some(commit), Some(log)) =
+        (git(&["rev-parse", "--short", "HEAD"]), git(&["rev-parse", "--git-path", "logs/HEAD"]))
+    {
+        println!("cargo:rerun-if-changed={log}");
+        println!("cargo:rustc-env=TESSERA_COMMIT={commit}");
+    }
 }
 
 /// The compiler that NVCC names (empty: none), or that of CUDA_HOME, CUDA_PATH, the target folder

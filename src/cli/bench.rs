@@ -154,19 +154,22 @@ impl Bench {
         let subject = Subject::new(engine.model(), load.load_mode, threads, engine.session().prefill_chunk());
         let backend = engine.model().backend().clone();
         let mut rows = Vec::new();
+        let mut before = backend.ceilings()?;
         for test in tests {
             if self.progress {
                 eprintln!("{test}");
             }
             let (began, watch) = (now(), Watch::begin());
-            let before = backend.ceilings()?;
             let repetitions = match before {
                 Some(_) => (usize::from(self.warmup), usize::from(self.repetitions)),
                 // Where nothing is timed, once is enough to count.
                 None => (0, 1),
             };
             let measured = measure(&mut engine, test, repetitions, picture)?;
-            let ceilings = before.zip(backend.ceilings()?).map(|(a, b)| Ceilings::max(a, b));
+            // What was measured after one test was measured before the next.
+            let after = backend.ceilings()?;
+            let ceilings = before.zip(after).map(|(a, b)| Ceilings::max(a, b));
+            before = after;
             rows.push(Row::new(&subject, test, &measured, repetitions.0, ceilings, watch.end(), began));
         }
         Ok(rows)

@@ -382,7 +382,7 @@ fn tensors_that_do_not_fit_are_named() {
         (put("something.else", &[1]), "something.else", "a tensor of the model"),
         // The same tensor twice.
         (put(&of_q("lora_A.default.weight"), &[4, 32]), "lora_A.default.weight", "the same tensor"),
-        (put_whole("multi_modal_projector.linear_2.bias", &[32]), "linear_2.bias", "twice"),
+        (put_whole("multi_modal_projector.linear_2.bias", &[32]), "linear_2.bias", "the same tensor"),
         // Whole tensors.
         (put_whole(&format!("{PROJECTOR}.weight"), &[32, 31]), PROJECTOR, "[32, 32]"),
         (put_whole("model.mm_projector.9.weight", &[32, 32]), "mm_projector.9", "a tensor of the model"),

@@ -106,7 +106,8 @@ mod tests {
         assert!((r.ratio - e(1.0)).abs() < 1e-12);
         assert!((r.low.ln() - (1.0 - margin)).abs() < 1e-9, "{}", r.low.ln());
         assert!((r.high.ln() - (1.0 + margin)).abs() < 1e-9);
-        assert_eq!(ratio(&[2.0, 2.0], &[3.0, 3.0]), Ratio { ratio: 1.5, low: 1.5, high: 1.5 });
+        let sure = ratio(&[2.0, 2.0], &[3.0, 3.0]);
+        assert!([sure.ratio, sure.low, sure.high].iter().all(|x| (x - 1.5).abs() < 1e-12), "{sure:?}");
         let one = ratio(&[2.0], &[3.0, 3.1]);
         assert_eq!((one.low, one.high), (0.0, f64::INFINITY));
         assert!((t_975(60.0) - 2.000).abs() < 2e-3 && (t_975(f64::INFINITY) - 1.96).abs() < 1e-4);

@@ -1,6 +1,7 @@
 //! Which of the families that can be run a `config.json` belongs to; and the names of those that cannot,
 //! so that the error says what was found.
 
+use super::ClipConfig;
 use crate::error::Result;
 use crate::model::json::Section;
 use serde_json::Value;
@@ -74,6 +75,10 @@ impl Family {
     /// The family by `architectures` and `model_type`. Both are looked at, because the original files say
     /// `llava` as well but keep their weights and settings under other names.
     pub(super) fn of(root: &Section) -> Result<Family> {
+        if ClipConfig::is_clip(root.map()) {
+            let expected = "a language model: this is a CLIP, use `tessera classify` or `tessera embed`";
+            return Err(root.error("model_type", expected));
+        }
         let architecture = match root.get("architectures") {
             None => None,
             Some(Value::Array(names)) if names.is_empty() => None,

@@ -133,10 +133,6 @@ impl ModelConfig {
         if root.get("quantization_config").is_some() {
             return Err(root.error("quantization_config", "none: weights are f16, bf16 or f32"));
         }
-        if ClipConfig::is_clip(root.map()) {
-            let expected = "a language model: this is a CLIP, use `tessera classify` or `tessera embed`";
-            return Err(root.error("model_type", expected));
-        }
         match Family::of(root)? {
             Family::Llava => Self::llava(root),
             Family::LlavaNext => {

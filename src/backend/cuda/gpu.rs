@@ -19,6 +19,8 @@ pub struct Module {
     pub name: &'static str,
     /// A fat binary.
     pub image: &'static [u8],
+    /// What the compiler made of them; [`resources`](super::resources) reads it.
+    pub resources: &'static str,
 }
 
 /// What [`MODULES`] and the compiler that made them are, from the build.

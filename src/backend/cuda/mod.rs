@@ -20,6 +20,7 @@ mod linear;
 mod matvec;
 mod norm;
 mod patch;
+pub mod resources;
 mod rope;
 mod sample;
 mod staging;

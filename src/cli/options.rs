@@ -145,6 +145,11 @@ impl ModelArgs {
         Ok((source, options))
     }
 
+    /// Whether times tell anything: those of the emulated device do not.
+    pub fn times(&self) -> bool {
+        self.device != Device::Emu
+    }
+
     /// The mode asked for, if not the checkpoint's.
     pub fn image_mode(&self) -> Option<ImageMode> {
         match self.image_mode {

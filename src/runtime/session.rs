@@ -213,9 +213,11 @@ impl Session {
         let start = Instant::now();
         // SAFETY: the vision graph has no index inputs and no states; `&mut self` keeps the arena ours.
         unsafe { vision.run_nodes(0..part.projector, &bindings, control)? };
+        self.model.backend().synchronize()?;
         let tower = start.elapsed();
         // SAFETY: as above.
         unsafe { vision.run_nodes(part.projector..part.graph.nodes.len(), &bindings, control)? };
+        self.model.backend().synchronize()?;
         let projector = start.elapsed() - tower;
         let view = vision.view(part.features, &bindings);
         let rows = self.model.backend().alloc("an image's rows", view.bytes())?;

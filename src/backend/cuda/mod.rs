@@ -190,6 +190,10 @@ impl Backend for CudaBackend {
         if self.check_launches { driver.synchronize() } else { Ok(()) }
     }
 
+    fn synchronize(&self) -> Result<()> {
+        self.device.driver().synchronize()
+    }
+
     unsafe fn upload(&self, addr: usize, bytes: &[u8]) -> Result<()> {
         // SAFETY: the caller's obligation.
         unsafe { self.device.driver().upload(addr, bytes) }

@@ -2,10 +2,13 @@
 // cache (prefill). One kernel, because only addresses differ: keys and values come in blocks of PAGE rows, which
 // a page table names or which follow each other.
 //
+// Heads of up to 64, 80, 96 and 128 elements: E, to which others are padded with zeros in shared memory. A head is
+// a multiple of 8, so every row of it begins at 16 bytes.
+//
 // Grid [H, tiles of TILE rows, images], block 128. A block is one head's tile; a warp has 16 of its rows, and
 // all walk over tiles of KEYS positions, which begin at multiples of KEYS of the absolute position. While one is
-// worked on the next is on its way (cp.async, two stages). 577 rows of 16 heads are 160 blocks for 132
-// multiprocessors; taller tiles would leave a third of them idle (KERNELS: 128 rows are 80 blocks).
+// worked on the next is on its way (cp.async, two stages). 577 rows of 16 heads are 160 blocks for the 132
+// multiprocessors of an H200; tiles of 128 rows would be 80, and leave a third of it idle.
 //
 // Rows of a paged call are of one or more sequences; where `starts` changes, a new one begins. A block takes the
 // sequences in its tile one after another, each over all of its keys: so no plan is needed on the host, at the
@@ -14,10 +17,10 @@
 // Reduction order: attention.cuh, tiles ascending. A tile that a row does not see may be skipped or masked, the
 // bits are the same: they depend on the row, its position and its keys alone.
 //
-// Cost: 4 H E FLOPs for each pair of a query and a key that it sees, of which a causal tile computes at most 64
-// too many for a row, and an image of 577 rows 640 / 577 squared. Floor of a ViT-L layer (577 rows, 16 heads of
-// 64): 1.36 GFLOP, 4.1 us at 333 TFLOP/s, which is what FlashAttention-2 reaches on such lengths; of LLaMA-7B's
-// 640 rows: 3.3 GFLOP a layer, 10 us.
+// Cost: 4 H E FLOPs for each pair of a query and a key that it sees; tiles add 640^2 / 577^2 to an image of 577
+// rows, and up to 126 keys to a causal row. A ViT-L layer (577 rows, 16 heads of 64) is 1.36 GFLOP, 4.1 us at
+// 333 TFLOP/s, which is what FlashAttention-3 is known to reach on an H100 at 512 keys (282 the second version);
+// a LLaMA-7B layer of 640 rows 3.4 GFLOP, 10 us at that rate.
 #include "attention.cuh"
 
 constexpr int WARPS = 4;
@@ -29,7 +32,7 @@ struct AttentionArgs {
     const void* k;             // T: likewise; a block of PAGE rows begins at a multiple of block_stride
     const void* v;             // T
     void* out;                 // T [images, rows, H, head_dim]
-    const int32_t* positions;  // [rows]: where a row of a sequence stands, and it sees that many and itself; or null
+    const int32_t* positions;  // [rows]: where each row stands; it sees what is before it, and itself; or null
     const int32_t* starts;     // [rows]: where its page table begins; or null
     const int32_t* tables;     // page tables end to end, or null: then block i is the i-th of an image
     int64_t block_stride;      // elements from block to block

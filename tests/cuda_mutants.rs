@@ -91,12 +91,11 @@ fn run_apart(backend: &CudaBackend, case: &Case, data: &Data) -> Result<Results>
     outs.iter().map(read).collect()
 }
 
-/// The sites of a kernel file whose mutants no case catches. `run` says what becomes of a case with a site off.
-fn uncaught(
-    file: &str,
-    cases: &[(Case, Data)],
-    run: &dyn Fn(Option<usize>, &(Case, Data)) -> Option<Results>,
-) -> Vec<String> {
+/// What becomes of a case with a site switched off; `None` if that is found.
+type Run<'a> = &'a dyn Fn(Option<usize>, &(Case, Data)) -> Option<Results>;
+
+/// The sites of a kernel file whose mutants no case catches.
+fn uncaught(file: &str, cases: &[(Case, Data)], run: Run<'_>) -> Vec<String> {
     let right: Vec<_> = cases.iter().map(|case| run(None, case).expect("a case that works")).collect();
     let sites: Vec<_> = sites().into_iter().enumerate().filter(|(_, name)| name.contains(file)).collect();
     assert!(!sites.is_empty(), "{file} has sites");

@@ -8,7 +8,6 @@
 
 #[allow(dead_code, reason = "each test program uses a part")]
 mod cases;
-#[allow(dead_code, reason = "each test program uses a part")]
 mod devices;
 
 use cases::Random;

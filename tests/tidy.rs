@@ -143,6 +143,20 @@ fn unsafe_lives_in_few_files() {
     }
 }
 
+/// What a kernel cannot say in plain C++ is a primitive of `kernels/ptx.cuh`, which has a meaning on the emulated
+/// device as well; so no other kernel file holds PTX, asks for an architecture or names a compiler's own function.
+#[test]
+fn kernels_are_plain_outside_of_ptx() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels");
+    let files: Vec<_> = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+    let kernels = |path: &&PathBuf| path.extension().is_some_and(|ext| ext == "cu" || ext == "cuh");
+    for path in files.iter().filter(kernels) {
+        let text = code(&fs::read_to_string(path).unwrap());
+        let plain = !text.contains("asm") && !text.contains("__");
+        assert_eq!(plain, !path.ends_with("ptx.cuh"), "{}", relative(path));
+    }
+}
+
 /// The project speaks of itself alone.
 #[test]
 fn no_paths_of_one_machine() {

@@ -61,15 +61,15 @@ bool readers_ordered(Time time, Who reader) {
 // How several readers of one cell since the last barrier (or launch) are remembered: by the latest, and by who
 // else there was. Readers that a barrier has put before this one are forgotten: what is ordered after this one
 // is ordered after them.
-void join_reader(Time& time, Who& who, const Lane& me) {
+void join_reader(Time& time, Who& who, Time quiet, const Lane& me) {
     const Block& block = *me.block;
     const Launch& launch = *block.launch;
-    Time before = time;
-    Who other = who;
-    if (before >= launch.start && (other & MANY_BLOCKS)) return;
+    const Time before = time;
+    const Who other = who;
+    if (before >= quiet && (other & MANY_BLOCKS)) return;
     time = me.time;
     who = me.thread;
-    if (before < launch.start) return;
+    if (before < quiet) return;
     if (launch.owner[before - launch.start] != block.number) {
         if (!readers_ordered(before, other)) who |= MANY_BLOCKS;
         return;
@@ -113,7 +113,7 @@ __attribute__((always_inline)) inline void touch(Memory& m, size_t offset, size_
         for (size_t i = 0; i < cells; i++) read[i] = me.time;
         for (size_t i = 0; i < cells; i++) reader[i] = me.thread;
     } else {
-        for (size_t i = 0; i < cells; i++) join_reader(read[i], reader[i], me);
+        for (size_t i = 0; i < cells; i++) join_reader(read[i], reader[i], quiet, me);
     }
 }
 
@@ -161,9 +161,7 @@ void check_alignment(const void* at, size_t n) {
     if ((uintptr_t)at % n) fault("touches %zu bytes at %p, which is not a multiple of %zu", n, at, n);
 }
 
-void read_shared(const void* at, size_t n) {
-    n == 16 ? access<false, 16, Where::SHARED>(at) : access<false, 0, Where::SHARED>(at, n);
-}
+void read_shared(const void* at) { access<false, 16, Where::SHARED>(at); }
 void read_global(const void* at) { access<false, 16, Where::GLOBAL>(at); }
 void write_global(void* at) { access<true, 16, Where::GLOBAL>(at); }
 
@@ -175,8 +173,7 @@ void read_stream(const void* at) {
     for (size_t i = offset / 2; i < offset / 2 + 8; i++)
         if (m.wrote[i] >= launch.start)
             fault(
-                "streams 16 bytes at offset %zu of %s that this launch has written: a cache may hold what was there "
-                "before",
+                "streams 16 bytes at offset %zu of %s that this launch has written, which caches may not have noticed",
                 offset, m.what.c_str());
 }
 

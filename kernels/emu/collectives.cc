@@ -42,7 +42,7 @@ template <class Work> __attribute__((always_inline)) inline void meet(Collective
     warp.arrived++;
     Lane* next;
     if (warp.started < LANES) {
-        next = &warp.lanes[(warp.first + warp.started++ * warp.stride) % LANES];
+        next = next_lane(warp);
     } else {
         if (warp.arrived < LANES)
             fault_of_many("is at %s, for which lanes of its warp that have ended are missing", name_of(at));
@@ -108,7 +108,10 @@ void sync_warp(const char* file, int line) {
     });
 }
 
-bool mask(bool inside, const char* file, int line) { return inside || off(enter(file, line, "mask")); }
+bool mask(bool inside, const char* file, int line) {
+    const Site* s = enter(file, line, "mask");
+    return inside || off(s);
+}
 
 uint32_t ticket(uint32_t* counter, uint32_t add, const char* file, int line) {
     const Site* s = enter(file, line, "ticket");
@@ -225,7 +228,7 @@ Bits128 load_matrices_bits(const void* shared_row, bool transposed) {
     Warp& warp = *me->warp;
     int turn = warp.turn, lane = me->thread % LANES;
     check_alignment(shared_row, 16);
-    read_shared(shared_row, 16);
+    read_shared(shared_row);
     warp.in[turn][lane][0] = (uintptr_t)shared_row;
     meet(transposed ? Collective::LOAD_TRANSPOSED : Collective::LOAD_MATRICES, nullptr, [turn, transposed](Warp& warp) {
         uint16_t m[4][8][8];

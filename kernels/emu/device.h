@@ -27,6 +27,8 @@ constexpr size_t STACK = (size_t)64 << 10, STACK_SPARE = (size_t)16 << 10;
 // Accesses and arrivals in the time of one block. The longest block of a real model (a 128x128 tile of Linear,
 // K = 13824) takes some five million; 67 million take half a second.
 constexpr int64_t STEPS = (int64_t)1 << 26;
+// Ticks after which a device's stamps are cleared, at the next launch: often enough that tests go through it.
+constexpr Time TICKS = 1 << 20;
 constexpr uint32_t MAX_SHARED = 227 << 10;  // bytes of a block, on any device
 constexpr unsigned char POISON = 0xff;
 
@@ -105,9 +107,8 @@ struct Lane {
     Time time;
     Who thread;
     bool exited;
-    Collective at;  // where it stands, for reports
-    const Site* site;
-    uint32_t groups;  // committed
+    const Site* site;  // the last it came by, for reports
+    uint32_t groups;   // committed
     std::vector<Copy> copies;
     Index index;
 };
@@ -206,9 +207,9 @@ inline Memory* Device::find(const void* at) const {
 bool shadow_map(Memory& m);
 void shadow_unmap(Memory& m);
 
-// Checks and records an access of the present lane; on a fault it does not return.
-void read_shared(const void* at, size_t n);
-void read_global(const void* at);  // 16 bytes, as the next three
+// Checks and records an access of the present lane to 16 bytes; on a fault it does not return.
+void read_shared(const void* at);
+void read_global(const void* at);
 void write_global(void* at);
 void read_stream(const void* at);  // past the caches that keep up with writes
 // An asynchronous copy into shared memory is issued, and later waited for.
@@ -231,6 +232,7 @@ Time tick(Block& block);
 void yield();
 void start_block(Block& block, uint32_t number);
 void begin_round(Warp& warp);
+Lane* next_lane(Warp& warp);
 void release_barrier(Block& block);
 
 // Whether an access at `time` by `who`, or by more lanes or warps beside it, happened before now, as the present lane

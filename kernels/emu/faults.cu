@@ -118,6 +118,19 @@ FAULT(within_a_warp) {
     args.y[global_thread()] = s[threadIdx.x ^ 1];
 }
 
+// Reads of several widths, one over another.
+FAULT(widths) {
+    SHARED(shared);
+    float* s = (float*)shared + 4 * threadIdx.x;
+    for (int i = 0; i < 4; i++) s[i] = 1.0f;
+    sync_block();
+    float x = *s;
+    uint32_t all[4];
+    load_matrices(all, s);
+    if (args.fault) s -= threadIdx.x % 2 * 4;
+    s[3] = x + bits_to_float(all[3]);
+}
+
 FAULT(blocks_write) { args.y[args.fault ? threadIdx.x : global_thread()] = 1.0f; }
 
 FAULT(blocks_read_and_write) {

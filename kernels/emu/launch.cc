@@ -21,7 +21,7 @@ Kernel*& first_kernel() {
     return first;
 }
 
-// Starts the next lane of the warp's round; the last one to come has settled the round already.
+// The present lane's end: the next one starts, or, after the last, the scheduler goes on.
 [[noreturn]] void leave() {
     Lane* me = here;
     Warp& warp = *me->warp;
@@ -29,9 +29,8 @@ Kernel*& first_kernel() {
     me->exited = true;
     void* nowhere;
     if (warp.started < LANES) {
-        Lane* next = &warp.lanes[(warp.first + warp.started++ * warp.stride) % LANES];
-        here = next;
-        fiber_switch(&nowhere, next->sp);
+        here = next_lane(warp);
+        fiber_switch(&nowhere, here->sp);
     }
     if (warp.arrived) fault_of_many("ends while lanes of its warp wait for it");
     warp.ready = false;
@@ -202,6 +201,8 @@ void begin_round(Warp& warp) {
     warp.ready = true;
 }
 
+Lane* next_lane(Warp& warp) { return &warp.lanes[(warp.first + warp.started++ * warp.stride) % LANES]; }
+
 void yield() {
     Lane* me = here;
     me->warp->resume = me;
@@ -298,7 +299,7 @@ int emu_launch(emu_device* d, const char* name, const uint32_t grid[3], uint32_t
         (uint64_t)grid[0] * grid[1] * grid[2] > 0x7fffffff)
         return refuse("a grid of " + std::to_string(grid[0]) + "x" + std::to_string(grid[1]) + "x" +
                       std::to_string(grid[2]) + " blocks");
-    if (d->now > 0xc0000000u) forget_times(d);
+    if (d->now > TICKS) forget_times(d);
     // A copy, aligned as the GPU's constant bank is, so that the kernel cannot see the caller's bytes change.
     alignas(64) unsigned char copy[4096];
     if (args_bytes > sizeof copy) return refuse("more than 4096 bytes of arguments");

@@ -52,6 +52,29 @@ void mark(Memory& m, size_t offset, size_t n, bool written) {
     }
 }
 
+struct Range {
+    uintptr_t begin, end;
+};
+
+// The program's segments that nobody can write. On a system other than Linux, a kernel with a table of constants
+// needs this written first.
+std::vector<Range> find_constants() {
+    std::vector<Range> found;
+#ifdef __linux__
+    auto add = [](dl_phdr_info* info, size_t, void* found) -> int {
+        for (int i = 0; i < info->dlpi_phnum; i++) {
+            const auto& part = info->dlpi_phdr[i];
+            uintptr_t begin = info->dlpi_addr + part.p_vaddr;
+            if (part.p_type == PT_GNU_RELRO || (part.p_type == PT_LOAD && !(part.p_flags & PF_W)))
+                ((std::vector<Range>*)found)->push_back({begin, begin + part.p_memsz});
+        }
+        return 0;
+    };
+    dl_iterate_phdr(add, &found);
+#endif
+    return found;
+}
+
 bool is_written(const Memory& m, size_t byte) { return m.writer[byte / 2] & (byte % 2 ? HIGH_BYTE : LOW_BYTE); }
 
 }  // namespace
@@ -72,25 +95,11 @@ void shadow_unmap(Memory& m) {
 }
 
 bool is_constant(const void* at, size_t n) {
-#ifdef __linux__
-    struct Question {
-        uintptr_t at, end;
-    } question{(uintptr_t)at, (uintptr_t)at + n};
-    auto holds = [](dl_phdr_info* info, size_t, void* data) -> int {
-        auto* q = (Question*)data;
-        for (int i = 0; i < info->dlpi_phnum; i++) {
-            const auto& part = info->dlpi_phdr[i];
-            uintptr_t begin = info->dlpi_addr + part.p_vaddr;
-            bool constant = part.p_type == PT_GNU_RELRO || (part.p_type == PT_LOAD && !(part.p_flags & PF_W));
-            if (constant && q->at >= begin && q->end <= begin + part.p_memsz) return 1;
-        }
-        return 0;
-    };
-    return dl_iterate_phdr(holds, &question) != 0;
-#else
-    (void)at, (void)n;
-    return false;  // a kernel with a table of constants needs this written for the system at hand
-#endif
+    static const std::vector<Range> constants = find_constants();
+    auto begin = (uintptr_t)at;
+    for (const Range& range : constants)
+        if (begin >= range.begin && begin + n <= range.end) return true;
+    return false;
 }
 
 }  // namespace emu

@@ -74,7 +74,7 @@ void pass_on_to_block(Block& block) {
     block.acquired.clear();
 }
 
-// Long before the clock runs over: every stamp becomes old.
+// Long before the clock could run over, every stamp becomes old.
 void forget_times(Device* device) {
     auto forget = [](Memory& m, size_t cells) {
         std::fill(m.wrote, m.wrote + cells, 0);

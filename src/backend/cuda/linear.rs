@@ -46,8 +46,8 @@ const WIDE: u32 = 1;
 const GATED: u32 = 2;
 
 impl GemmArgs {
-    /// The arguments of a product with a matrix whose rows are `row_bytes` apart, in slices with partial sums in the
-    /// workspace, and its launch by the quickest of `tiles`.
+    /// The arguments of a product with a matrix whose rows are `row_bytes` apart, in slices with partial sums
+    /// in the workspace, and its launch by the quickest of `tiles`.
     ///
     /// # Errors
     /// [`Error::Device`] if a block may not have the shared memory of any of them.
@@ -87,7 +87,8 @@ impl GemmArgs {
     }
 }
 
-/// Bytes of partial sums that [`linear`] and [`gated_linear`] need for `rows` rows of x and the columns of all `matrices`.
+/// Bytes of partial sums that [`linear`] and [`gated_linear`] need for `rows` rows of x and the columns of
+/// all `matrices`.
 pub fn workspace(rows: usize, matrices: &[WeightType]) -> usize {
     let shape = shape(rows, matrices.iter().map(|matrix| matrix.rows).sum(), matrices[0].cols);
     tile::partials(tiles(shape.depth), shape, tile::slices(shape.cols, shape.depth)) as usize
@@ -144,8 +145,8 @@ unsafe fn linear_by(
             activation: activation(act),
             form: if wide { WIDE } else { PLAIN },
         };
-        // SAFETY: the caller's obligation; the rows are in their views, as `part` asserts, and the workspace is as
-        // large as `workspace` said.
+        // SAFETY: the caller's obligation; the rows are in their views, as `part` asserts, and the workspace
+        // is as large as `workspace` said.
         unsafe { device.launch(launch, &args)? };
     }
     Ok(())
@@ -205,10 +206,9 @@ fn launches(
     rows.clone().step_by(at_once).map(move |start| (start..rows.end.min(start + at_once), slices))
 }
 
+#[cfg(feature = "emu")]
 #[cfg(test)]
 mod tests {
-    #![cfg(feature = "emu")]
-
     use super::*;
     use crate::backend::Backend;
     use crate::backend::cuda::{CudaBackend, emu::Emulator};
@@ -230,13 +230,14 @@ mod tests {
         Weight { name: "w".into(), dtype, rows, cols, bytes }
     }
 
-    /// The bytes that a product of `m` rows with matrices `[n, k]` gives, by some of `tiles`, a launch for each range.
+    /// The bytes that a product of `m` rows with matrices `[n, k]` gives, by some of `tiles`, with launches
+    /// that are cut there.
     fn product(
         dtype: DType,
         op: &Op,
         (m, n, k): (usize, usize, usize),
         tiles: &'static [Tile],
-        launches: &[Range<usize>],
+        cuts: &[usize],
     ) -> Vec<u8> {
         let emulator = Emulator::new(k as u64, Emulator::LIMITS).unwrap();
         let backend = CudaBackend::new(Arc::new(emulator), dtype).unwrap();
@@ -255,10 +256,11 @@ mod tests {
         // SAFETY: operands, result and workspace are buffers of their own, as large as they must be.
         unsafe {
             backend.upload(x.addr, &rows).unwrap();
-            for rows in launches {
+            for cut in cuts.windows(2) {
+                let rows = cut[0]..cut[1];
                 match op {
-                    Op::Linear { .. } => linear_by(backend.device(), &call, rows.clone(), tiles).unwrap(),
-                    _ => gated_linear_by(backend.device(), &call, rows.clone(), tiles).unwrap(),
+                    Op::Linear { .. } => linear_by(backend.device(), &call, rows, tiles).unwrap(),
+                    _ => gated_linear_by(backend.device(), &call, rows, tiles).unwrap(),
                 }
             }
             backend.download(y.addr, &mut bytes).unwrap();
@@ -278,10 +280,10 @@ mod tests {
         for dtype in [DType::BF16, DType::F16] {
             for op in [PLAIN, Op::GatedLinear { bias: false }] {
                 for shape in SHAPES {
-                    let reference = product(dtype, &op, shape, &ANY, &[0..shape.0]);
+                    let reference = product(dtype, &op, shape, &ANY, &[0, shape.0]);
                     assert!(reference.iter().any(|byte| *byte != reference[0]));
                     for tile in &TILES {
-                        let got = product(dtype, &op, shape, std::slice::from_ref(tile), &[0..shape.0]);
+                        let got = product(dtype, &op, shape, std::slice::from_ref(tile), &[0, shape.0]);
                         assert!(got == reference, "{} differs at {shape:?} in {dtype}, {op:?}", tile.kernel);
                     }
                 }
@@ -295,11 +297,10 @@ mod tests {
         for op in [PLAIN, Op::GatedLinear { bias: false }] {
             for shape in SHAPES {
                 let m = shape.0;
-                let whole = product(DType::BF16, &op, shape, &TILES, &[0..m]);
+                let whole = product(DType::BF16, &op, shape, &TILES, &[0, m]);
                 for cuts in [vec![0, 1, m], vec![0, 16, 17, m], vec![0, 7, 10, 13, m - 2, m]] {
-                    let launches: Vec<_> = cuts.windows(2).map(|w| w[0]..w[1]).collect();
-                    let got = product(DType::BF16, &op, shape, &TILES, &launches);
-                    assert!(got == whole, "{shape:?} in {launches:?}, {op:?}");
+                    let got = product(DType::BF16, &op, shape, &TILES, &cuts);
+                    assert!(got == whole, "{shape:?} cut at {cuts:?}, {op:?}");
                 }
             }
         }

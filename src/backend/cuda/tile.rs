@@ -1,12 +1,13 @@
 //! How a product y `[M, N]` = x `[M, K]` · Wᵀ is cut into tiles, slices and waves, and the one function that
 //! decides it. `kernels/gemm.cuh` computes what is decided here.
 //!
-//! A wave is one tile on every multiprocessor. With a few tiles for each, the last wave is mostly empty: the fc1
-//! layer of CLIP ViT-L, 577 x 4096 x 1024, has 160 tiles of 128 x 128, two waves on 132 multiprocessors, but 130
-//! tiles of 128 x 160, one wave. So there are widths between the powers of two, and [`Plan::new`] compares all.
+//! A wave is one tile on every multiprocessor. With a few tiles for each, the last wave is mostly empty: the
+//! fc1 layer of CLIP ViT-L, 577 x 4096 x 1024, has 160 tiles of 128 x 128, two waves on 132 multiprocessors,
+//! but 130 tiles of 128 x 160, one wave. So there are widths between the powers of two, and [`Plan::new`]
+//! compares all.
 //!
-//! A row's bits must not depend on how many rows there are. They depend on the slices of K alone, and [`slices`]
-//! looks at N and K only; everything else here is scheduling.
+//! A row's bits must not depend on how many rows there are. They depend on the slices of K alone, and
+//! [`slices`] looks at N and K only; everything else here is scheduling.
 
 use super::device::COUNTERS;
 use super::driver::Limits;
@@ -30,9 +31,10 @@ pub struct Tile {
 
 /// The tiles of Linear and GatedLinear, for operands whose rows begin at 16-byte addresses.
 ///
-/// 64 columns at a time halve the barriers of the smaller ones; the wider ones have 32, so that four slots fit into
-/// the 99 KiB that a block may have on sm_86, 89 and 120. More slots gain nothing where they would fit: three blocks
-/// of columns under way are at least 1500 cycles of work, and memory answers in half of that.
+/// 64 columns at a time halve the barriers of the smaller ones; the wider ones have 32, so that four slots
+/// fit into the 99 KiB that a block may have on sm_86, 89 and 120. More slots gain nothing where they would
+/// fit: three blocks of columns under way are at least 1500 cycles of work, and memory answers in half of
+/// that.
 pub const TILES: [Tile; 9] = [
     Tile { kernel: "linear_16x64", rows: 16, cols: 64, depth: 64, stages: 5, warps: 4 },
     Tile { kernel: "linear_64x64", rows: 64, cols: 64, depth: 64, stages: 4, warps: 4 },
@@ -62,10 +64,11 @@ const MAX_SLICED_COLS: u32 = 8192;
 
 // The model of a multiprocessor, in its cycles. Estimates that rank tiles, not measurements.
 
-/// FLOP a cycle in `mma.sync` with 16-bit operands: 2048 on sm_80; more on sm_90 and fewer on sm_86, which scales
-/// all tiles alike as long as they do not wait for L2.
+/// FLOP a cycle in `mma.sync` with 16-bit operands: 2048 on sm_80; more on sm_90 and fewer on sm_86, which
+/// scales all tiles alike as long as they do not wait for L2.
 const FLOP: u64 = 2048;
-/// Bytes a cycle from L2 when all multiprocessors read: about 4.2 TB/s of an A100's or 5.5 of an H100's.
+/// Bytes a cycle from L2 when all multiprocessors read: an A100's gives 5120, 47 for each of 108, at most; this
+/// is two thirds.
 const L2_BYTES: u64 = 32;
 /// Before the first product and after the last: the pipeline fills, results are stored.
 const ENDS: u64 = 1500;
@@ -73,8 +76,8 @@ const ENDS: u64 = 1500;
 const PARTIAL_BYTES: u64 = 64;
 const TICKET: u64 = 1000;
 
-/// The machine and the rows that slices are chosen for: one image of 577 rows or a prompt with one, about 640, on the
-/// 132 multiprocessors of an H100 or H200.
+/// The machine and the rows that slices are chosen for: one image of 577 rows or a prompt with one, about
+/// 640, on the 132 multiprocessors of an H100 or H200.
 const TYPICAL_ROWS: u32 = 640;
 const TYPICAL: Limits = Limits { multiprocessors: 132, shared_per_block: 99 << 10, capability: (9, 0) };
 
@@ -105,8 +108,8 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// The quickest of `tiles` for a product on a device, as modelled: waves times what a tile takes. The first among
-    /// equals; `None` if the device has too little shared memory for any.
+    /// The quickest of `tiles` for a product on a device, as modelled: waves times what a tile takes. The
+    /// first among equals; `None` if the device has too little shared memory for any.
     pub fn new(tiles: &'static [Tile], shape: Shape, slices: u32, limits: Limits) -> Option<Plan> {
         let plan = |tile: &'static Tile| {
             let tiles = tile.count(shape);
@@ -165,8 +168,9 @@ impl Tile {
         units * products.max(reads) + ENDS + combine
     }
 
-    /// How many rows of tiles to walk column by column, so that the tiles of a wave read as few rows of both operands
-    /// as they can: a block of tiles about as high as it is wide in elements. Groups are of one height, but the last.
+    /// How many rows of tiles to walk column by column, so that the tiles of a wave read as few rows of both
+    /// operands as they can: a block of tiles about as high as it is wide in elements. Groups are of one
+    /// height, but the last.
     fn group(&self, shape: Shape, multiprocessors: u32) -> u32 {
         let tile_rows = shape.rows.div_ceil(self.rows).max(1);
         let read = |group: u32| group * self.rows + multiprocessors.div_ceil(group) * self.cols;
@@ -175,9 +179,9 @@ impl Tile {
     }
 }
 
-/// Into how many slices K is cut: part of the reduction order, so a function of N and K alone. For a layer that has too
-/// few tiles to fill a large machine at the row counts of an image and its prompt, and enough depth to share: what
-/// gains a tenth there.
+/// Into how many slices K is cut: part of the reduction order, so a function of N and K alone. For a layer
+/// that has too few tiles to fill a large machine at the row counts of an image and its prompt, and enough
+/// depth to share: what gains a tenth there.
 pub fn slices(cols: u32, depth: u32) -> u32 {
     let shape = Shape { rows: TYPICAL_ROWS, cols, depth };
     let cycles = |slices| Plan::new(&TILES, shape, slices, TYPICAL).map_or(u64::MAX, |plan| plan.cycles);
@@ -208,8 +212,8 @@ mod tests {
         Limits { multiprocessors, shared_per_block: kib << 10, capability: (8, 0) }
     }
 
-    /// The layers of LLaVA-1.5-7B with one image and 64 tokens, of 13B, and the head, on an H200: which tile, in
-    /// how many slices and waves, and which share of the modelled time is useful product.
+    /// The layers of LLaVA-1.5-7B with one image and 64 tokens, of 13B, and the head, on an H200: which tile,
+    /// in how many slices and waves, and which share of the modelled time is useful product.
     #[test]
     fn what_the_models_shapes_get() {
         let (h200, mut wrong) = (on(132, 227), 0);

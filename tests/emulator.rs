@@ -73,7 +73,7 @@ fn planted(device: &Device, name: &str, fault: u32) -> Result<(), String> {
 
 /// Kernel, fault, and one of the texts with which it is told. Where two threads meet in a race, the order decides
 /// whether the one reads what is not written yet or what is written beside it.
-const PLANTED: [(&str, u32, &[&str]); 46] = [
+const PLANTED: [(&str, u32, &[&str]); 47] = [
     ("past_the_end", 1, &["reads 4 bytes, 0 past the end of `x` (1024 bytes)"]),
     ("before_the_beginning", 1, &["reads 4 bytes, 4 before `x`"]),
     ("stray", 1, &["which is no memory of this device"]),
@@ -116,6 +116,7 @@ const PLANTED: [(&str, u32, &[&str]); 46] = [
     ("stack", 1, &["needs more than 49152 bytes of stack"]),
     ("never_ends", 1, &["does not end"]),
     ("never_ends", 2, &["does not end"]),
+    ("never_ends", 3, &["does not end"]),
     // Right, whatever the order.
     ("masked", 0, &[]),
     ("last_block", 0, &[]),

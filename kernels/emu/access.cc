@@ -30,10 +30,6 @@ struct Access {
     fault("%s %zu bytes at offset %zu of %s that nothing has written", a.verb, a.bytes, a.offset, a.m.what.c_str());
 }
 
-[[noreturn]] __attribute__((noinline, cold)) void never_ends() {
-    fault("does not end: %lld accesses and collectives in one block's time", (long long)STEPS);
-}
-
 // Whose memory it would be: the buffer that ends before or begins after the address.
 [[noreturn]] __attribute__((noinline, cold)) void outside(const void* at, size_t n, const char* verb) {
     auto* p = (const unsigned char*)at;
@@ -156,6 +152,8 @@ __attribute__((always_inline)) inline void access(const void* at, size_t bytes =
 }
 
 }  // namespace
+
+void never_ends() { fault("does not end: %lld accesses and collectives in one block's time", (long long)STEPS); }
 
 void check_alignment(const void* at, size_t n) {
     if ((uintptr_t)at % n) fault("touches %zu bytes at %p, which is not a multiple of %zu", n, at, n);

@@ -42,9 +42,6 @@ int emu_launch(emu_device*, const char* kernel, const uint32_t grid[3], uint32_t
                const void* args, size_t args_bytes);
 const char* emu_error(const emu_device*);
 
-// Whether emu_download may read unwritten bytes.
-void emu_allow_unwritten(emu_device*, int allow);
-
 // Sites: every barrier, wait, ticket and mask in the source that any launch of this process has reached,
 // numbered in the order of discovery: "kernels/linear.cu:123 barrier". Each can be switched off on a device, to
 // see whether a test notices: barriers and waits do not wait, tickets count but order nothing, masks say yes.

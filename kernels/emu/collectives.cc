@@ -46,7 +46,7 @@ template <class Work> __attribute__((always_inline)) inline void meet(Collective
     } else {
         if (warp.arrived < LANES)
             fault_of_many("is at %s, for which lanes of its warp that have ended are missing", name_of(at));
-        launch.steps_left -= LANES;
+        if ((launch.steps_left -= LANES) < 0) never_ends();
         warp.arrived = 0;
         warp.turn ^= 1;
         begin_round(warp);

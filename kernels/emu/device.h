@@ -180,7 +180,6 @@ struct Device {
     Random random;
     Time now = 1;
     std::string error;
-    bool allow_unwritten = false;
     int off = -1;
     uint64_t launches = 0, barriers = 0, accesses = 0;
     // Address space of its own, cut into slots; an allocation begins somewhere in a slot, owns whole slots, and
@@ -226,13 +225,15 @@ bool is_constant(const void* at, size_t n);
 [[noreturn]] __attribute__((format(printf, 1, 2))) void fault(const char* format, ...);
 // The same, of threads that do not come together: the text tells where each of the block stands.
 [[noreturn]] __attribute__((format(printf, 1, 2))) void fault_of_many(const char* format, ...);
+// No steps are left.
+[[noreturn]] __attribute__((cold)) void never_ends();
 // A new time that belongs to a block.
 Time tick(Block& block);
 // Other warps may run now.
 void yield();
 void start_block(Block& block, uint32_t number);
 void begin_round(Warp& warp);
-Lane* next_lane(Warp& warp);
+inline Lane* next_lane(Warp& warp) { return &warp.lanes[(warp.first + warp.started++ * warp.stride) % LANES]; }
 void release_barrier(Block& block);
 
 // Whether an access at `time` by `who`, or by more lanes or warps beside it, happened before now, as the present lane

@@ -231,12 +231,14 @@ FAULT(collectives) {
     args.y[global_thread()] = x;
 }
 
-// 1: waits for a value that never comes; 2: the same, in step.
+// 1: waits for a value that never comes; 2: the same, in step; 3: without looking at memory.
 FAULT(never_ends) {
     const volatile float* x = args.x;
     while (args.fault == 1 && x[0] < 1000.0f) {
     }
     while (args.fault == 2 && x[0] < 1000.0f) sync_warp();
+    while (args.fault == 3 && lanes_where(true)) {
+    }
 }
 
 // Right as it is; with its mask switched off it reads past the end.

@@ -201,8 +201,6 @@ void begin_round(Warp& warp) {
     warp.ready = true;
 }
 
-Lane* next_lane(Warp& warp) { return &warp.lanes[(warp.first + warp.started++ * warp.stride) % LANES]; }
-
 void yield() {
     Lane* me = here;
     me->warp->resume = me;

@@ -181,7 +181,7 @@ int emu_download(emu_device* d, void* to, const void* from, size_t n) {
     Memory* m = whole(d, from, n, "download of");
     if (!m) return 1;
     size_t offset = (size_t)((const unsigned char*)from - m->base);
-    for (size_t i = offset; i < offset + n && !d->allow_unwritten; i++)
+    for (size_t i = offset; i < offset + n; i++)
         if (!is_written(*m, i))
             return failed(d, "download of " + std::to_string(n) + " bytes at offset " + std::to_string(offset) +
                                  " of " + m->what + ": nothing has written the byte at offset " + std::to_string(i));
@@ -219,7 +219,6 @@ int emu_forget(emu_device* d, void* at, size_t n) {
 }
 
 const char* emu_error(const emu_device* d) { return d->error.c_str(); }
-void emu_allow_unwritten(emu_device* d, int allow) { d->allow_unwritten = allow != 0; }
 void emu_switch_off(emu_device* d, int site) { d->off = site; }
 
 void emu_stats(const emu_device* d, uint64_t* launches, uint64_t* barriers, uint64_t* accesses) {

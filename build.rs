@@ -115,13 +115,15 @@ fn embed(products: &[PathBuf], version: &str, out: &Path) {
     write(&out.join("kernels.rs"), text.as_bytes());
 }
 
+/// Given the product and what the compiler said, when it is made.
+type After<'a> = Box<dyn Fn(&Path, &str) + Send + 'a>;
+
 /// One file to compile.
 struct Job<'a> {
     source: PathBuf,
     product: PathBuf,
     command: Command,
-    /// Given the product and what the compiler said, when it is made.
-    after: Box<dyn Fn(&Path, &str) + Send + 'a>,
+    after: After<'a>,
 }
 
 /// Runs the jobs whose products are stale, as many at once as cargo allows. An error ends the build with the

@@ -375,6 +375,31 @@ fn replayed_steps_are_the_same_steps() {
     }
 }
 
+/// The tower is recorded at the second picture, and makes of every later one what it makes node by node.
+#[test]
+fn replayed_pictures_are_the_same_pictures() {
+    for tested in devices::drivers() {
+        let one_by_one: Arc<dyn Backend> = Arc::new(tested.backend(DType::F16).check_launches(true));
+        let recording = Watched::new(Arc::new(tested.backend(DType::F16)), Box::new(|_, _, _| {}));
+        let made = [one_by_one, recording.clone()].map(|backend| {
+            let model = load(backend, &fixture(CASES[0]).source);
+            let mut session = session(&model);
+            let side = model.preprocess().unwrap().side();
+            let picture = |n: usize| -> Vec<f32> {
+                (0..3 * side * side).map(|i| ((i * 7919 + n * 331) % 1013) as f32 / 500.0 - 1.0).collect()
+            };
+            let mut encode = |n| {
+                let (rows, _) = session.encode(&picture(n), [n as u8; 32], &Control::default()).unwrap();
+                session.image_rows(&rows).unwrap()
+            };
+            [encode(1), encode(2), encode(3), encode(1)]
+        });
+        // Tower and projector are two recordings.
+        assert_eq!(recording.replays.load(Ordering::Relaxed), 6);
+        assert!(made[0] == made[1] && made[1][0] == made[1][3], "a replayed picture has other bits");
+    }
+}
+
 /// A recording that outlives memory that it points to: the emulated device notices at the first access.
 #[cfg(feature = "emu")]
 #[test]

@@ -201,6 +201,14 @@ pub trait Backend: Send + Sync {
         Ok(None)
     }
 
+    /// Waits until all that was started is done.
+    ///
+    /// # Errors
+    /// As for [`run`](Backend::run).
+    fn synchronize(&self) -> Result<()> {
+        Ok(())
+    }
+
     /// Copies host bytes to the device.
     ///
     /// # Errors

@@ -183,6 +183,11 @@ impl ModelArgs {
         };
         Ok((source, self.pictures.apply(options)))
     }
+
+    /// Whether times tell anything: those of the emulated device do not.
+    pub fn times(&self) -> bool {
+        self.device != Device::Emu
+    }
 }
 
 impl PictureArgs {

@@ -104,7 +104,7 @@ impl Run {
             let object = self.report(&engine, &request, &answer, &timings);
             return super::print(&format!("{object}\n"));
         }
-        if !self.quiet {
+        if !self.quiet && self.model.times() {
             eprintln!("{}", timings.line(&answer));
         }
         Ok(())
@@ -175,8 +175,8 @@ impl Run {
             "image_tokens": answer.image_tokens,
             "completion_tokens": answer.token_ids.len(),
             "images": images,
-            "timings_ms": timings.json(),
-            "decode_tokens_per_s": answer.decode_tokens_per_s(),
+            "timings_ms": self.model.times().then(|| timings.json()),
+            "decode_tokens_per_s": self.model.times().then(|| answer.decode_tokens_per_s()),
         });
         if !request.sampling.is_greedy() {
             object["seed"] = json!(request.sampling.seed);

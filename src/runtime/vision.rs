@@ -155,6 +155,7 @@ impl Encoder {
             // SAFETY: these nodes have no index inputs and no states; `&mut self`, which the session's
             // `&mut self` gave, keeps the arena ours.
             unsafe { self.executor.run_nodes(part, bindings, control)? };
+            self.model.backend().synchronize()?;
             *time += start.elapsed();
         }
         if self.executor.read_floats(self.vision.features, bindings)?.iter().all(|x| x.is_finite()) {

@@ -170,7 +170,7 @@ impl Driver for Emulator {
     }
 
     fn describe(&self) -> String {
-        format!("{} kernels, every access checked; slow, for tests", kernels().count())
+        "the GPU's kernels on the processor, every access checked; slow, for tests".into()
     }
 
     fn limits(&self) -> Limits {
@@ -319,7 +319,7 @@ impl Recording for Recorded {
     }
 }
 
-/// Names of the kernels in this build.
+/// Names of the kernels in this build, those of its own tests among them.
 pub fn kernels() -> impl Iterator<Item = String> {
     // SAFETY: every index below the count names a kernel, and names live as long as the program.
     (0..unsafe { emu_kernels() }).map(|i| unsafe { text(emu_kernel(i)) })

@@ -21,6 +21,8 @@ pub struct Module {
     pub name: &'static str,
     /// A fat binary.
     pub image: &'static [u8],
+    /// What the compiler made of them; [`resources`](super::resources) reads it.
+    pub resources: &'static str,
 }
 
 /// What [`MODULES`] and the compiler that made them are, from the build.
@@ -204,25 +206,33 @@ unsafe impl Send for Context {}
 unsafe impl Sync for Context {}
 
 impl Gpu {
-    /// Opens the GPU of this number and loads the kernels.
+    /// Opens the GPU of this number and loads the kernels of this build.
     ///
     /// # Errors
     /// [`Error::Device`] with the reason.
     pub fn open(ordinal: usize) -> Result<Self> {
+        Gpu::open_with(ordinal, MODULES)
+    }
+
+    /// Opens the GPU of this number with these kernels.
+    ///
+    /// # Errors
+    /// [`Error::Device`] with the reason.
+    pub fn open_with(ordinal: usize, modules: &'static [Module]) -> Result<Self> {
         let named = |problem| Error::Device { device: format!("cuda:{ordinal}"), problem };
         let count = count().map_err(named)?;
         if ordinal >= count {
             return Err(named(format!("there is no such GPU; they are numbered 0 to {}", count - 1)));
         }
-        if MODULES.is_empty() {
+        if modules.is_empty() {
             return Err(named(format!("{NO_KERNELS}; see `tessera devices`")));
         }
-        Context::open(ordinal).map(|context| Gpu(Arc::new(context))).map_err(named)
+        Context::open(ordinal, modules).map(|context| Gpu(Arc::new(context))).map_err(named)
     }
 }
 
 impl Context {
-    fn open(ordinal: usize) -> Result<Self, String> {
+    fn open(ordinal: usize, modules: &[Module]) -> Result<Self, String> {
         // SAFETY: the library is initialised (`count`), the number is below the count; so for all calls here.
         let device = ask("cuDeviceGet", |d| unsafe { sys::cuDeviceGet(d, ordinal as i32) })?;
         let limits = limits(device)?;
@@ -251,7 +261,7 @@ impl Context {
             // SAFETY: the context is current.
             *stream = ask("cuStreamCreate", |s| unsafe { sys::cuStreamCreate(s, NON_BLOCKING) })?;
         }
-        for module in MODULES {
+        for module in modules {
             // The library reads the image as words; nothing promises that it is aligned where it is embedded.
             let mut aligned = vec![0u64; module.image.len().div_ceil(8)];
             bytemuck::cast_slice_mut(&mut aligned)[..module.image.len()].copy_from_slice(module.image);
@@ -299,15 +309,18 @@ impl Context {
         let done = work();
         // SAFETY: the capture began on this stream and thread. A graph comes back only if all went well.
         let graph = ask("cuStreamEndCapture", |g| unsafe { sys::cuStreamEndCapture(self.recorder, g) });
-        done?;
-        let graph = self.named(graph)?;
-        let exec = ask("cuGraphInstantiate", |e| {
+        let graph = match self.named(graph) {
+            Ok(graph) => graph,
+            Err(error) => return Err(done.err().unwrap_or(error)),
+        };
+        let exec = done.is_ok().then(|| {
             // SAFETY: the graph came from the capture, whole.
-            unsafe { sys::cuGraphInstantiateWithFlags(e, graph, 0) }
+            ask("cuGraphInstantiate", |e| unsafe { sys::cuGraphInstantiateWithFlags(e, graph, 0) })
         });
         // SAFETY: the graph is ours, and what was instantiated does not need it.
         let destroyed = check("cuGraphDestroy", unsafe { sys::cuGraphDestroy(graph) });
-        self.named(exec.and_then(|exec| destroyed.map(|()| exec)))
+        done?;
+        self.named(destroyed.and(exec.unwrap_or_else(|| Err("nothing was recorded".into()))))
     }
 }
 

@@ -23,6 +23,7 @@ mod linear;
 mod matvec;
 mod norm;
 mod patch;
+pub mod resources;
 mod rope;
 mod sample;
 mod staging;
@@ -209,6 +210,10 @@ impl Backend for CudaBackend {
         // SAFETY: the caller's obligation.
         unsafe { self.dispatch(call)? };
         if self.check_launches { driver.synchronize() } else { Ok(()) }
+    }
+
+    fn synchronize(&self) -> Result<()> {
+        self.device.driver().synchronize()
     }
 
     unsafe fn upload(&self, addr: usize, bytes: &[u8]) -> Result<()> {

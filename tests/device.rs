@@ -14,8 +14,8 @@ use tessera::backend::{Backend, Buffer};
 use tessera::graph::diff::{Stray, first_stray, sound};
 use tessera::graph::{Control, Executor, Graph, Plan, ValueId};
 use tessera::op::PAGE;
-use tessera::runtime::{Advance, Engine, Input, LoadOptions, Model, Phase, Request, Sampling, Sequence};
-use tessera::runtime::{Session, SessionOptions, Source, Want};
+use tessera::runtime::{Advance, Engine, Input, LoadOptions, Model, Phase, Pixels, Request, Sampling};
+use tessera::runtime::{Sequence, Session, SessionOptions, Source, Want};
 use tessera::tensor::{Bindings, DType};
 
 /// Models small enough for the emulated device: every attention and every projector there is, f32, f16 and bf16.
@@ -389,8 +389,10 @@ fn replayed_pictures_are_the_same_pictures() {
                 (0..3 * side * side).map(|i| ((i * 7919 + n * 331) % 1013) as f32 / 500.0 - 1.0).collect()
             };
             let mut encode = |n| {
-                let (rows, _) = session.encode(&picture(n), [n as u8; 32], &Control::default()).unwrap();
-                session.image_rows(&rows).unwrap()
+                let values = &picture(n);
+                let pixels = Pixels { values, order: None, digest: [n as u8; 32], keep_hidden: false };
+                let encoded = session.encode(pixels, &Control::default()).unwrap();
+                session.image_rows(&encoded.image).unwrap()
             };
             [encode(1), encode(2), encode(3), encode(1)]
         });

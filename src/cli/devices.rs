@@ -3,8 +3,8 @@
 use super::options::format_size;
 use crate::backend::Backend;
 use crate::backend::cpu::CpuBackend;
-use crate::backend::cuda::gpu;
 use crate::backend::cuda::resources::{self, Instructions, Resources};
+use crate::backend::cuda::{gpu, ledger};
 use crate::error::Result;
 use clap::Args;
 use serde_json::{Value, json};
@@ -60,6 +60,8 @@ fn kernels() -> String {
         }
         text.push('\n');
     }
+    text.push('\n');
+    ledger::states().iter().for_each(|(file, state)| text += &format!("{file:<16} {state}\n"));
     text
 }
 

@@ -1,6 +1,6 @@
 //! Device time between two events.
 
-use super::gpu::check;
+use super::library::check;
 use cudarc::driver::sys;
 use std::ptr;
 use std::time::Duration;
@@ -10,7 +10,7 @@ use std::time::Duration;
 /// the time of a small kernel would be that of asking for it.
 const FLUSH: usize = 256 << 20;
 
-/// The functions called here, by the names they have in the library; [`gpu`](super::gpu) probes them.
+/// The functions called here, by the names they have in the library; [`library`](super::library) probes them.
 pub(super) const FUNCTIONS: [&str; 5] =
     ["cuEventCreate", "cuEventRecord", "cuEventSynchronize", "cuEventElapsedTime_v2", "cuEventDestroy_v2"];
 

@@ -79,7 +79,11 @@ impl fmt::Display for State {
             State::Compiles => f.write_str("compiles; edited since it was last verified"),
             State::Emulated => f.write_str("verified on the emulated device; not run on a GPU"),
             State::Gpu(run) => {
-                write!(f, "verified on {} (driver {}, {}, commit {})", run.chip, run.driver, run.date, run.commit)?;
+                write!(
+                    f,
+                    "verified on {} (driver {}, {}, commit {})",
+                    run.chip, run.driver, run.date, run.commit
+                )?;
                 run.percent_of_floor.iter().try_for_each(|(op, percent)| write!(f, "; {op} {percent:.0} %"))
             }
         }

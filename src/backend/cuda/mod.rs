@@ -19,6 +19,7 @@ mod embed;
 pub mod emu;
 pub mod gpu;
 pub mod ledger;
+mod library;
 mod linear;
 mod matvec;
 mod norm;

@@ -19,7 +19,7 @@ GEMMS = {
     "large": (8192, 8192, 8192),
 }
 
-flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+flush = torch.empty(128 << 20, dtype=torch.uint8, device="cuda")
 
 
 def median_us(work):

@@ -81,7 +81,8 @@ int cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t n, Stream* s) {
 int cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t n, Stream* s) { land(); s->pending = 1; memcpy(to, (void*)from, n); return current ? OK : INVALID; }
 int cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t n, Stream* s) { land(); memcpy((void*)to, (void*)from, n); return current && !s->capturing ? OK : INVALID; }
 int cuMemsetD8Async(uint64_t to, unsigned char b, size_t n, Stream* s) { land(); memset((void*)to, b, n); return current && !s->capturing ? OK : INVALID; }
-int cuEventCreate(Event** e, unsigned flags) { *e = calloc(1, sizeof **e); return current && flags == 2 ? OK : INVALID; }
+int cuEventCreate(Event** e, unsigned flags) { *e = calloc(1, sizeof **e); return current && (flags == 2 || flags == 0) ? OK : INVALID; }
+int cuEventElapsedTime_v2(float* ms, Event* a, Event* b) { *ms = 1.5f; return current && a->after && b->after ? OK : INVALID; }
 int cuEventDestroy_v2(Event* e) { free(e); return OK; }
 int cuEventRecord(Event* e, Stream* s) { e->after = s; return OK; }
 int cuEventSynchronize(Event* e) { if (e->after) land(); return current ? OK : INVALID; }

@@ -5,10 +5,10 @@ use cudarc::driver::sys;
 use std::ptr;
 use std::time::Duration;
 
-/// Bytes that are set before the clock starts: five times the second-level cache of an H200, so that what is
-/// timed finds nothing there, and long enough (60 us) for the host to have queued the work behind it. Without it
+/// Bytes that are set before the clock starts: more than twice the second-level cache of an H200, so that what is
+/// timed finds nothing there, and long enough (30 us) for the host to have queued the work behind it. Without it
 /// the time of a small kernel would be that of asking for it.
-const FLUSH: usize = 256 << 20;
+const FLUSH: usize = 128 << 20;
 
 /// The functions called here, by the names they have in the library; [`library`](super::library) probes them.
 pub(super) const FUNCTIONS: [&str; 5] =

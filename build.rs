@@ -5,6 +5,9 @@
 //! compiled by the host's C++ compiler against the emulated device and linked in. Only what has changed is
 //! compiled again: beside each product stands a digest of its command, its source and the headers it includes.
 
+#[path = "kernels/resources.rs"]
+mod resources;
+
 use std::collections::BTreeSet;
 use std::env;
 use std::ffi::{OsStr, OsString};
@@ -28,6 +31,7 @@ fn main() {
     for name in ["NVCC", "CUDA_HOME", "CUDA_PATH"] {
         println!("cargo:rerun-if-env-changed={name}");
     }
+    name_commit();
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     let nvcc = find_nvcc(&out);
     match &nvcc {
@@ -41,6 +45,25 @@ fn main() {
     }
     #[cfg(feature = "emu")]
     emulated::compile(&out);
+}
+
+/// Tells a release build of a checkout which commit it is of: `bench` prints it beside every figure.
+/// Development builds do without, or every commit would build the library anew.
+fn name_commit() {
+    let git = |arguments: &[&str]| {
+        let output = Command::new("git").args(arguments).output().ok()?;
+        let text = String::from_utf8(output.stdout).ok()?;
+        output.status.success().then(|| text.trim().to_string())
+    };
+    if env::var("PROFILE").as_deref() != Ok("release") {
+        return;
+    }
+    if let (Some(commit), Some(log)) =
+        (git(&["rev-parse", "--short", "HEAD"]), git(&["rev-parse", "--git-path", "logs/HEAD"]))
+    {
+        println!("cargo:rerun-if-changed={log}");
+        println!("cargo:rustc-env=TESSERA_COMMIT={commit}");
+    }
 }
 
 /// The compiler that NVCC names (empty: none), or that of CUDA_HOME, CUDA_PATH, the target folder
@@ -71,7 +94,9 @@ fn compile_for_gpus(nvcc: &Path, out: &Path) {
     let version = version.lines().find(|line| line.contains("release")).unwrap_or_default().to_string();
 
     let mut options: Vec<OsString> =
-        ["-fatbin", "-O3", "-std=c++17", "-lineinfo", "--compress-mode=size"].map(OsString::from).to_vec();
+        ["-fatbin", "-O3", "-std=c++17", "-lineinfo", "--compress-mode=size", "-Xptxas=-v"]
+            .map(OsString::from)
+            .to_vec();
     // An older compiler leaves out the architectures it does not know; PTX serves them.
     for arch in ARCHITECTURES.iter().filter(|arch| known.lines().any(|line| line == format!("sm_{arch}"))) {
         options.push(format!("-gencode=arch=compute_{arch},code=sm_{arch}").into());
@@ -83,7 +108,10 @@ fn compile_for_gpus(nvcc: &Path, out: &Path) {
         let product = out.join(source.file_stem().expect("a file name")).with_extension("fatbin");
         let mut command = Command::new(nvcc);
         command.args(&options).arg(&source).arg("-o").arg(&product);
-        jobs.push(Job { source, product, command });
+        let after = |product: &Path, told: &str| {
+            write(&product.with_extension("resources"), resources::describe(nvcc, product, told).as_bytes());
+        };
+        jobs.push(Job { source, product, command, after: Box::new(after) });
     }
     let products: Vec<_> = jobs.iter().map(|job| job.product.clone()).collect();
     run(jobs, &version);
@@ -98,22 +126,29 @@ fn embed(products: &[PathBuf], version: &str, out: &Path) {
     );
     for product in products {
         let name = product.file_stem().expect("a file name").to_string_lossy();
-        text += &format!("    Module {{ name: {name:?}, image: include_bytes!({product:?}) }},\n");
+        let resources = product.with_extension("resources");
+        text += &format!(
+            "    Module {{ name: {name:?}, image: include_bytes!({product:?}), resources: include_str!({resources:?}) }},\n"
+        );
     }
     text += "];\n";
     write(&out.join("kernels.rs"), text.as_bytes());
 }
 
+/// Given the product and what the compiler said, when it is made.
+type After<'a> = Box<dyn Fn(&Path, &str) + Send + 'a>;
+
 /// One file to compile.
-struct Job {
+struct Job<'a> {
     source: PathBuf,
     product: PathBuf,
     command: Command,
+    after: After<'a>,
 }
 
 /// Runs the jobs whose products are stale, as many at once as cargo allows. An error ends the build with the
 /// compiler's own words.
-fn run(jobs: Vec<Job>, salt: &str) {
+fn run(jobs: Vec<Job<'_>>, salt: &str) {
     let stale = Mutex::new(jobs.into_iter().filter(|job| !job.is_fresh(salt)).collect::<Vec<_>>());
     let workers: usize = env::var("NUM_JOBS").ok().and_then(|n| n.parse().ok()).unwrap_or(1);
     let next = || stale.lock().expect("no worker panics").pop();
@@ -129,15 +164,17 @@ fn run(jobs: Vec<Job>, salt: &str) {
     });
 }
 
-impl Job {
+impl Job<'_> {
     fn compile(&mut self) {
         let output = self.command.output();
         let output =
             output.unwrap_or_else(|error| fail(&format!("{:?}: {error}", self.command.get_program())));
+        let told = [output.stderr, output.stdout].concat();
+        let told = String::from_utf8_lossy(&told);
         if !output.status.success() {
-            let told = [output.stderr, output.stdout].concat();
-            fail(&format!("{} does not compile:\n{}", self.source.display(), String::from_utf8_lossy(&told)));
+            fail(&format!("{} does not compile:\n{told}", self.source.display()));
         }
+        (self.after)(&self.product, &told);
     }
 
     fn is_fresh(&self, salt: &str) -> bool {
@@ -229,7 +266,7 @@ mod emulated {
         println!("cargo:rustc-link-lib={}", if cfg!(target_os = "macos") { "c++" } else { "stdc++" });
     }
 
-    fn job(mut build: cc::Build, source: PathBuf, out: &Path) -> Job {
+    fn job(mut build: cc::Build, source: PathBuf, out: &Path) -> Job<'static> {
         build.cpp(true).std("c++17").debug(false).flag("-g1").warnings(true).cargo_metadata(false);
         let stem = source.to_string_lossy().replace(['/', '\\', '.'], "_");
         let product = out.join(stem).with_extension("o");
@@ -238,6 +275,6 @@ mod emulated {
             command.args(["-x", "c++"]);
         }
         command.arg("-c").arg(&source).arg("-o").arg(&product);
-        Job { source, product, command }
+        Job { source, product, command, after: Box::new(|_, _| ()) }
     }
 }

@@ -1,12 +1,10 @@
 //! Matrix products against the machine's own ceilings, measured beside them on the same threads: the
 //! multiply-add rate of a loop that stays in registers, and the rate at which a mapping is read.
 
-mod ceilings;
-
-use ceilings::{fma_rate, median, read_rate};
 use criterion::{Criterion, Throughput};
 use memmap2::MmapMut;
 use std::time::Duration;
+use tessera::backend::cpu::ceilings::{fma_rate, median, read_rate};
 use tessera::backend::cpu::linear::{Layer, Residual, linear, linear_workspace};
 use tessera::backend::cpu::machine::Machine;
 use tessera::backend::cpu::panel::Matrix;
@@ -41,7 +39,7 @@ impl Rotation {
 }
 
 fn multiply(machine: &Machine, x: &[f32], weight: Matrix<'_>, out: &mut [f32], workspace: &mut [u8]) {
-    let layer = Layer { weight, bias: None };
+    let layer = Layer::new(weight, None);
     linear(machine, x, &[layer], (Activation::None, Residual::None), out, workspace);
 }
 
@@ -96,7 +94,7 @@ fn main() {
     ] {
         let x: Vec<f32> = (0..m * k).map(|i| (i % 251) as f32 / 251.0 - 0.5).collect();
         let mut out = vec![0f32; m * n];
-        let mut workspace = vec![0u8; linear_workspace(m, k, threads)];
+        let mut workspace = vec![0u8; linear_workspace(m, k, std::iter::empty(), threads)];
         for &dtype in dtypes {
             let id = format!("cpu/linear/{m}x{n}x{k}/{dtype}");
             let flops = 2.0 * (m * n * k) as f64;

@@ -1,6 +1,7 @@
-// Rows gathered: EmbedRows and SelectRows. Bits are copied, nothing is computed.
+// Rows gathered: EmbedRows, EmbedTokens and SelectRows. Bits are copied; only EmbedTokens adds something.
 //
 //   embed_rows    y[r] = sources[r] < 0 ? table[ids[r]] : image_rows[sources[r]]
+//   embed_tokens  y[r] = table[ids[r]] + positions[r % period], positions and sum in f32
 //   select_rows   y[r][offset ... offset + cols] = x[row(r)], one launch for each operand put side by side;
 //                 row(r) is index[r], or r with the first of every `period` rows left out, or r
 //
@@ -18,6 +19,18 @@ struct EmbedArgs {
     uint32_t table_stride;  // elements from one row of the table to the next
 };
 static_assert(sizeof(EmbedArgs) == 48);
+
+struct TokensArgs {
+    const int* ids;
+    const void* table;
+    const float* positions;  // [period, cols]
+    void* y;
+    uint32_t cols;
+    uint32_t table_stride;
+    uint32_t period;
+    uint32_t unused;
+};
+static_assert(sizeof(TokensArgs) == 48);
 
 struct SelectArgs {
     const void* x;
@@ -44,6 +57,15 @@ template <class T> DEVICE void embed_rows(const EmbedArgs& args) {
     copy_row(from, (T*)args.y + row * args.cols, args.cols, args.cols % VEC<T> == 0 && args.table_stride % VEC<T> == 0);
 }
 
+// Element by element: the text tower of CLIP has 77 rows, once a text.
+template <class T> DEVICE void embed_tokens(const TokensArgs& args) {
+    int64_t row = blockIdx.x;
+    const T* from = (const T*)args.table + (int64_t)args.ids[row] * args.table_stride;
+    const float* position = args.positions + row % args.period * args.cols;
+    T* to = (T*)args.y + row * args.cols;
+    for (uint32_t i = threadIdx.x; i < args.cols; i += blockDim.x) to[i] = from_float<T>(to_float(from[i]) + position[i]);
+}
+
 template <class T> DEVICE void select_rows(const SelectArgs& args) {
     int64_t row = blockIdx.x, source = row;
     if (args.index) source = args.index[row];
@@ -54,5 +76,7 @@ template <class T> DEVICE void select_rows(const SelectArgs& args) {
 
 KERNEL(256, 4, embed_rows_bf16, EmbedArgs) { embed_rows<bf16>(args); }
 KERNEL(256, 4, embed_rows_f16, EmbedArgs) { embed_rows<f16>(args); }
+KERNEL(256, 4, embed_tokens_bf16, TokensArgs) { embed_tokens<bf16>(args); }
+KERNEL(256, 4, embed_tokens_f16, TokensArgs) { embed_tokens<f16>(args); }
 KERNEL(256, 4, select_rows_bf16, SelectArgs) { select_rows<bf16>(args); }
 KERNEL(256, 4, select_rows_f16, SelectArgs) { select_rows<f16>(args); }

@@ -179,6 +179,14 @@ impl Error {
         Error::Checkpoint { file: file.into(), problem: problem.into() }
     }
 
+    /// The same [`Error::Config`] with words about what was found, if there are any.
+    pub fn with_found(mut self, what: Option<&str>) -> Self {
+        if let (Error::Config { found, .. }, Some(what)) = (&mut self, what) {
+            *found = format!("{found} ({what})");
+        }
+        self
+    }
+
     /// An [`Error::Image`] for the image called `name`.
     pub fn image(name: impl Into<String>, problem: impl Into<String>) -> Self {
         Error::Image { name: name.into(), problem: problem.into() }

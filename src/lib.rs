@@ -23,7 +23,7 @@
 //!
 //! ```text
 //! picture ── input::image ──> pixels ──┐
-//!                                      │  runtime::session: vision graph, once a picture
+//!                                      │  runtime::vision: vision graph, once a picture and its tiles
 //!                                      └─> rows ─────────────┐
 //! question ── input::prompt ──> ids, image tokens expanded ──┴─> sequence
 //!                                                                   │  runtime::session::step
@@ -43,14 +43,15 @@
 //! | [`folder`] | where a model's files are: a directory, or compiled in | parsing |
 //! | [`tensor`] | dtypes, shapes with symbolic rows, views of device memory, weights as raw bytes | arithmetic |
 //! | [`op`] | the closed list of operations, their shape rules ([`op::Op::infer`]) and costs | how they are computed |
-//! | [`backend`] | devices: memory, and one op at a time; `cpu` computes | models, sequences, files |
-//! | [`graph`] | a flat node list, a planner of lifetimes, an executor that is a for-loop | passes, rewriting |
+//! | [`backend`] | devices: memory, and one op at a time; `cpu` computes, `cuda` launches kernels on a GPU or an emulated device | models, sequences, files |
+//! | [`graph`] | a flat node list, a planner of lifetimes, an executor that is a for-loop and replays what recurs, a comparison of two devices | passes, rewriting |
 //! | [`input`] | image bytes to pixels; conversations to ids and ids to text (uses only `error`, `folder`, `tensor`) | models |
-//! | [`model`] | configurations, checkpoints, names, presets; the graphs of tower, projector, LLaMA | memory that changes |
-//! | [`runtime`] | pages (integers), KV pool (bytes), sequences, sessions, the engine | terminal, arguments |
+//! | [`model`] | configurations, checkpoints, names, presets, adapters; the graphs of towers, projector, LLaMA | memory that changes |
+//! | [`runtime`] | pages (integers), KV pool (bytes), sequences, sessions, the engine; CLIP by itself | terminal, arguments |
 //! | [`cli`] | one file a command | anything a library user would miss |
 //!
-//! An op is found by its name in every room: [`op::Op::RmsNorm`] is computed in `backend/cpu/norm.rs`.
+//! An op is found by its name in every room: [`op::Op::RmsNorm`] is computed in `backend/cpu/norm.rs`, and on a
+//! GPU by `kernels/norm.cu`, which `backend/cuda/norm.rs` launches.
 //!
 //! # Invariants
 //!
@@ -60,8 +61,10 @@
 //!   for rows of given text and one for rows of chosen tokens: there a row's [`runtime::Phase`] counts as well.
 //! - **A step allocates nothing.** Intermediates lie in one arena, planned from lifetimes for the largest
 //!   step; rows are staged in vectors of fixed capacity. A counting allocator checks it.
-//! - **Weights are used where they are.** A checkpoint is mapped; loading parses its header, and a page of
-//!   it becomes resident when a kernel first reads it. Nothing is converted or copied.
+//! - **On the CPU weights are used where they are.** A checkpoint is mapped; loading parses its header, and a page of
+//!   it becomes resident when a kernel first reads it. Nothing is converted or copied; adapters lie beside
+//!   the weights as low-rank pairs ([`op::Pair`]) and are not merged into them. To a GPU weights stream through
+//!   pinned memory, in the layout and dtype of its kernels.
 //! - **[`op::Op::infer`] is the only shape authority.** Backends may assert what it says and decide nothing.
 //! - **A new op breaks the build where work is due**: every `match` on ops is exhaustive.
 //! - **Full KV pages are immutable**; forks share them, and a shared tail is copied before it is written.
@@ -73,7 +76,8 @@
 //! # The life of a request
 //!
 //! 1. [`runtime::Engine::image`] decodes a picture, resizes it as Pillow would, and runs the vision graph
-//!    once. The rows stay in a buffer of their own; any number of requests can use them.
+//!    once, in LLaVA-NeXT on the picture and its tiles together. The rows stay in a buffer of their own; any
+//!    number of requests can use them, and a picture that comes again is known by its digest.
 //! 2. [`runtime::Engine::generate`] renders the conversation, tokenises it and expands image tokens: a list
 //!    of ids, and the ranges in it that are pictures. Too long for the context? An error, before any work.
 //! 3. A [`runtime::Sequence`] takes over the pages of the last one as far as the two agree.
@@ -84,6 +88,7 @@
 //!    token, a stop string, a limit, or [`graph::Control::cancel`].
 
 pub mod backend;
+pub mod bench;
 pub mod cli;
 pub mod error;
 pub mod folder;

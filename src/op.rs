@@ -29,6 +29,19 @@ pub enum Activation {
     GeluErf,
 }
 
+/// Most low-rank pairs of one op: eight adapters on q, k and v.
+pub const MAX_PAIRS: usize = 24;
+
+/// A low-rank pair beside one matrix of a linear op: `x · Wᵀ` becomes `x · Wᵀ + scale (x · Aᵀ) · Bᵀ`, with
+/// A `[r, D]` and B `[N_i, r]`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Pair {
+    /// Which of the op's matrices, i.
+    pub matrix: usize,
+    /// What x · Aᵀ is multiplied by.
+    pub scale: f32,
+}
+
 /// What [`Op::SelectRows`] keeps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Select {
@@ -72,7 +85,8 @@ pub enum Op {
         eps: f32,
     },
     /// `act(x · Wᵀ + b) + residual` over one or more weights side by side (q, k and v).
-    /// Weights: all matrices `[N_i, D]`, then, with `bias`, as many vectors `[1, N_i]`.
+    /// Weights: all matrices `[N_i, D]`, then, with `bias`, as many vectors `[1, N_i]`, then A and B of each
+    /// pair.
     Linear {
         /// Applied before the residual is added.
         act: Activation,
@@ -82,11 +96,16 @@ pub enum Op {
         residual: bool,
         /// Whether the result is f32 whatever the activations are: logits, which a sampler compares.
         wide: bool,
+        /// What adapters add to the matrices, in the order of the matrices; at most [`MAX_PAIRS`].
+        pairs: Vec<Pair>,
     },
-    /// `silu(x·Wgᵀ + bg) ⊙ (x·Wuᵀ + bu)`. Weights: gate `[F, D]`, up `[F, D]`, with `bias` two vectors.
+    /// `silu(x·Wgᵀ + bg) ⊙ (x·Wuᵀ + bu)`. Weights: gate `[F, D]`, up `[F, D]`, with `bias` two vectors, then
+    /// A and B of each pair.
     GatedLinear {
         /// Whether gate and up have a bias.
         bias: bool,
+        /// As in [`Op::Linear`]; gate is matrix 0, up is 1.
+        pairs: Vec<Pair>,
     },
     /// Attention within each image, over fused `[q | k | v]` rows `[images*rows, 3*H*E]`.
     Attention {
@@ -124,8 +143,12 @@ pub enum Op {
     },
     /// Rows of the embedding table, or rows of encoded images. Operands: token ids `[T, 1] i32`, sources
     /// `[T, 1] i32` (a row of the third operand, or -1 for the token's own embedding), image rows
-    /// `[T, D]`. Weight: the table `[V, D]`.
+    /// `[any, D]`. Weight: the table `[V, D]`. LLaVA-NeXT's rows are gathered by it too, from projected
+    /// tiles and a table of one row, the newline.
     EmbedRows,
+    /// Rows of the embedding table with positions added: the entrance of CLIP's text tower. Operand: token
+    /// ids `[texts*P, 1] i32`. Weights: the table `[V, D]`, positions `[P, D]`.
+    EmbedTokens,
     /// Rows of one or more operands, put side by side.
     SelectRows {
         /// Which rows.
@@ -182,9 +205,15 @@ impl From<&Weight> for WeightType {
 }
 
 impl WeightType {
+    /// How many elements.
+    #[allow(clippy::len_without_is_empty, reason = "no weight is empty")]
+    pub fn len(&self) -> usize {
+        self.rows * self.cols
+    }
+
     /// Bytes of the weight.
     pub fn bytes(&self) -> usize {
-        self.rows * self.cols * self.dtype.size()
+        self.len() * self.dtype.size()
     }
 }
 
@@ -214,10 +243,41 @@ impl Op {
             Op::RopeAppend { .. } => "RopeAppend",
             Op::PagedAttention { .. } => "PagedAttention",
             Op::EmbedRows => "EmbedRows",
+            Op::EmbedTokens => "EmbedTokens",
             Op::SelectRows { .. } => "SelectRows",
             Op::Sample => "Sample",
             Op::L2Normalize => "L2Normalize",
         }
+    }
+
+    /// A [`Op::Linear`] without pairs, whose result is an activation.
+    pub const fn linear(act: Activation, bias: bool, residual: bool) -> Op {
+        Op::Linear { act, bias, residual, wide: false, pairs: Vec::new() }
+    }
+
+    /// The low-rank pairs of a linear op; no other op has any.
+    pub fn pairs(&self) -> &[Pair] {
+        match self {
+            Op::Linear { pairs, .. } | Op::GatedLinear { pairs, .. } => pairs,
+            Op::PatchEmbed { .. }
+            | Op::LayerNorm { .. }
+            | Op::RmsNorm { .. }
+            | Op::AddRmsNorm { .. }
+            | Op::Attention { .. }
+            | Op::RopeAppend { .. }
+            | Op::PagedAttention { .. }
+            | Op::EmbedRows
+            | Op::EmbedTokens
+            | Op::SelectRows { .. }
+            | Op::Sample
+            | Op::L2Normalize => &[],
+        }
+    }
+
+    /// Of the `weights` of a linear op: how many are matrices, and how many come before its first pair.
+    pub fn matrices(weights: usize, bias: bool, pairs: &[Pair]) -> (usize, usize) {
+        let own = weights.saturating_sub(2 * pairs.len());
+        (if bias { own / 2 } else { own }, own)
     }
 
     /// The types of the results, or why the operands do not fit: the only shape authority. Activations,
@@ -241,20 +301,12 @@ impl Op {
     /// only [`Op::PagedAttention`] reads it, and its bytes assume that a sequence's pages are read once.
     pub fn cost(&self, ins: &[View], weights: &[WeightType], outs: &[View], kv: KvExtent) -> Cost {
         let flops = match self {
-            Op::PatchEmbed { .. } | Op::Linear { .. } | Op::GatedLinear { .. } => {
-                let matrices = match self {
-                    Op::PatchEmbed { .. } => &weights[..1],
-                    Op::Linear { bias: true, .. } | Op::GatedLinear { bias: true } => {
-                        &weights[..weights.len() / 2]
-                    }
-                    _ => weights,
-                };
-                let rows = match self {
-                    // The class row of every image is copied, not multiplied.
-                    Op::PatchEmbed { .. } => outs[0].rows - ins[0].rows,
-                    _ => ins[0].rows,
-                };
-                2 * rows * matrices.iter().map(|w| w.rows * w.cols).sum::<usize>()
+            // The class row of every image is copied, not multiplied.
+            Op::PatchEmbed { .. } => 2 * (outs[0].rows - ins[0].rows) * weights[0].len(),
+            Op::Linear { bias, pairs, .. } | Op::GatedLinear { bias, pairs } => {
+                let (matrices, own) = Op::matrices(weights.len(), *bias, pairs);
+                let multiplied = weights[..matrices].iter().chain(&weights[own..]);
+                2 * ins[0].rows * multiplied.map(WeightType::len).sum::<usize>()
             }
             Op::Attention { heads, head_dim, rows, causal } => {
                 let images = ins[0].rows / rows;
@@ -266,6 +318,7 @@ impl Op {
             Op::RmsNorm { .. } | Op::L2Normalize => 4 * ins[0].len(),
             Op::AddRmsNorm { .. } => 5 * ins[0].len(),
             Op::RopeAppend { heads, kv_heads, head_dim } => 3 * ins[0].rows * (heads + kv_heads) * head_dim,
+            Op::EmbedTokens => outs[0].len(),
             Op::EmbedRows | Op::SelectRows { .. } => 0,
             Op::Sample => 4 * ins[0].len(),
         };
@@ -274,6 +327,9 @@ impl Op {
         let bytes = match self {
             // Only the rows that are looked up move.
             Op::EmbedRows => ins[0].rows * weights[0].cols * weights[0].dtype.size() + outs[0].bytes(),
+            Op::EmbedTokens => {
+                ins[0].rows * weights[0].cols * weights[0].dtype.size() + weights[1].bytes() + outs[0].bytes()
+            }
             Op::SelectRows { .. } => 2 * outs[0].bytes(),
             // k and v go to their slots; the table is read at one row a position.
             Op::RopeAppend { kv_heads, head_dim, .. } => {

@@ -4,6 +4,7 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use tessera::graph::Control;
+use tessera::model::lora::Lora;
 use tessera::runtime::{Advance, LoadOptions, Model, Phase, Sampling, Session, SessionOptions, Source, Want};
 
 /// The folder of the goldens.
@@ -47,12 +48,14 @@ fn count(f: impl FnOnce()) -> usize {
 #[test]
 fn a_step_allocates_nothing() {
     assert!(count(|| drop(vec![1u8; 100])) > 0, "the counter counts");
-    for (source, threads) in [
-        (Source::Demo, 2),
-        (Source::Directory(data().join("b_llava15_old_f16_sharded/model")), 1),
-        (Source::Directory(data().join("j_llama_chatml_f32/model")), 3),
+    let adapters = ["one", "two"].map(|name| Lora { dir: data().join("lora_two").join(name), scale: 1.0 });
+    for (source, threads, lora) in [
+        (Source::Demo, 2, vec![]),
+        (Source::Directory(data().join("b_llava15_old_f16_sharded/model")), 1, vec![]),
+        (Source::Directory(data().join("j_llama_chatml_f32/model")), 3, vec![]),
+        (Source::Directory(data().join("names_saved_v5/model")), 2, adapters.to_vec()),
     ] {
-        let options = LoadOptions { threads: Some(threads), ..LoadOptions::default() };
+        let options = LoadOptions { threads: Some(threads), lora, ..LoadOptions::default() };
         let model = Arc::new(Model::load(&source, &options).unwrap());
         let options = SessionOptions {
             context: Some(200),
@@ -60,6 +63,7 @@ fn a_step_allocates_nothing() {
             prefill_chunk: 64,
             max_sequences: 3,
             all_logits: false,
+            ..SessionOptions::default()
         };
         let mut session = Session::new(model, options).unwrap();
         let drawn = Sampling {

@@ -82,8 +82,14 @@ fn fixtures_and_the_demo_open_and_hold_what_their_configs_imply() {
 /// Every tensor of a LLaVA and of a LLaMA, in every layout, comes back to its canonical name.
 #[test]
 fn every_layout_spells_and_reads_every_name() {
-    let multimodal = [Layout::Hub, Layout::StateDict, Layout::HubFlatTower, Layout::StateDictFlatTower];
-    for (preset, layouts) in [("llava-tiny", &multimodal[..]), ("llama-tiny", &[Layout::Llama][..])] {
+    let multimodal =
+        [Layout::Hub, Layout::StateDict, Layout::HubFlatTower, Layout::StateDictFlatTower, Layout::Original];
+    let presets = [
+        ("llava-tiny", &multimodal[..]),
+        ("llava-next-tiny", &multimodal[..]),
+        ("llama-tiny", &[Layout::Llama][..]),
+    ];
+    for (preset, layouts) in presets {
         let specs = names::tensors(&Preset::find(preset).unwrap().config(DType::F16).unwrap());
         for &layout in layouts {
             let spelt: Vec<_> = specs.iter().map(|spec| layout.spell(&spec.name)).collect();
@@ -109,6 +115,8 @@ fn every_layout_spells_and_reads_every_name() {
             "model.vision_tower.vision_model.post_layernorm.bias",
         ),
         (Layout::StateDict, "lm.head.weight", "lm_head.weight"),
+        (Layout::Hub, "image_newline", "image_newline"),
+        (Layout::StateDict, "image_newline", "model.image_newline"),
         (
             Layout::HubFlatTower,
             "vision.embeddings.class_embedding",
@@ -123,9 +131,32 @@ fn every_layout_spells_and_reads_every_name() {
         (Layout::StateDictFlatTower, "vision.pre_layrnorm.bias", "model.vision_tower.pre_layrnorm.bias"),
         (Layout::Llama, "lm.embed_tokens.weight", "model.embed_tokens.weight"),
         (Layout::Llama, "lm.head.weight", "lm_head.weight"),
+        (Layout::Original, "projector.linear_1.weight", "model.mm_projector.0.weight"),
+        (Layout::Original, "projector.linear_3.bias", "model.mm_projector.4.bias"),
+        (Layout::OriginalLinear, "projector.linear_1.bias", "model.mm_projector.bias"),
+        (Layout::OriginalLinear, "lm.norm.weight", "model.norm.weight"),
+        (
+            Layout::Original,
+            "vision.pre_layrnorm.bias",
+            "model.vision_tower.vision_tower.vision_model.pre_layrnorm.bias",
+        ),
     ];
     for (layout, canonical, name) in by_hand {
         assert_eq!(layout.spell(canonical), name);
+        assert_eq!(names::canonical(name).as_deref(), Some(canonical));
+    }
+    // Names that only files beside a model have.
+    for (name, canonical) in [
+        ("base_model.model.model.mm_projector.2.weight", Some("projector.linear_2.weight")),
+        ("vision_model.encoder.layers.3.mlp.fc1.bias", Some("vision.encoder.layers.3.mlp.fc1.bias")),
+        ("encoder.layers.3.mlp.fc1.bias", Some("vision.encoder.layers.3.mlp.fc1.bias")),
+        ("model.mm_projector.1.weight", None),
+        ("model.mm_projector.x.weight", None),
+        ("text_model.encoder.layers.0.mlp.fc1.bias", Some("text.encoder.layers.0.mlp.fc1.bias")),
+        ("visual_projection.weight", Some("visual_projection.weight")),
+        ("logit_scale", Some("logit_scale")),
+    ] {
+        assert_eq!(names::canonical(name).as_deref(), canonical, "{name}");
     }
     for buffer in
         ["model.layers.0.self_attn.rotary_emb.inv_freq", "vision_tower.vision_model.embeddings.position_ids"]
@@ -342,9 +373,11 @@ fn directories_without_an_index_are_taken_as_far_as_they_are_clear() {
     assert!(open(&directory(&[("weights.safetensors", good.clone())])).is_ok(), "the only file");
     let preferred = directory(&[("model.safetensors", good.clone()), ("other.safetensors", vec![])]);
     assert!(open(&preferred).is_ok(), "model.safetensors before others");
-    let cases: [(&str, &[Named]); 3] = [
-        ("has no model.safetensors", &[("readme.txt", vec![])]),
-        ("only safetensors can be read", &[("pytorch_model.bin", vec![])]),
+    let cases: [(&str, &[Named]); 5] = [
+        ("has neither model.safetensors nor pytorch_model.bin", &[("readme.txt", vec![])]),
+        ("a projector or an adapter alone is no model", &[("mm_projector.bin", vec![])]),
+        ("is not a file of torch.save", &[("pytorch_model.bin", vec![])]),
+        ("only safetensors and PyTorch", &[("model.gguf", vec![])]),
         ("has 2 safetensors files", &[("a.safetensors", good.clone()), ("b.safetensors", good.clone())]),
     ];
     for (expected, files) in cases {

@@ -1,6 +1,7 @@
 //! The program as a user meets it: what it prints, and with which exit code it ends.
 
-use serde_json::Value;
+use serde_json::{Value, json};
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -106,6 +107,55 @@ fn run_dumps_what_went_through() {
     let prompt = shape("input_ids")[0];
     assert_eq!(shape("logits"), [prompt, 640]);
     assert!(shape("generated_ids")[0] > 1);
+}
+
+/// Pictures seen in tiles: pixels of the one with fewer are filled with zeros, as Hugging Face does.
+#[test]
+fn tiles_are_dumped_and_counted() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("dump.safetensors").display().to_string();
+    let model = format!("{}/tests/data/next_mistral", env!("CARGO_MANIFEST_DIR"));
+    let images = ["wide", "dot"].map(|name| format!("{model}/images/{name}.png"));
+    let model = format!("{model}/model");
+    let given = ["--model", model.as_str(), "--image", &images[0], "--image", &images[1]];
+    let read = || {
+        let bytes = std::fs::read(&file).unwrap();
+        let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        let pixels = tensors.tensor("pixel_values").unwrap();
+        assert_eq!(pixels.shape(), [2, 4, 3, 28, 28]);
+        // 5 x 3 pixels lie on 56 x 28: two tiles and the whole.
+        assert!(pixels.data().rchunks(3 * 28 * 28 * 4).next().unwrap().iter().all(|&byte| byte == 0));
+        tensors
+            .iter()
+            .map(|(name, view)| (name.to_string(), view.shape().to_vec()))
+            .collect::<HashMap<_, _>>()
+    };
+    let run = ["run", "--prompt", "Compare.", "--max-tokens", "2", "--json", "--dump", &file];
+    let object: Value = serde_json::from_str(&stdout(&tessera(&[&run[..], &given].concat()))).unwrap();
+    let shapes = read();
+    assert_eq!(shapes["vision_hidden"], [7, 17, 16]);
+    let tokens = object["image_tokens"].as_u64().unwrap() as usize;
+    assert_eq!(shapes["image_features"], [tokens, 32]);
+
+    let preprocess = ["preprocess", "--json", "--out", &file];
+    let lines = stdout(&tessera(&[&preprocess[..], &given].concat()));
+    let lines: Vec<Value> = lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    read();
+    assert_eq!(lines[0]["pixels_sha256"], object["images"][0]["pixels_sha256"]);
+    assert_eq!((&lines[0]["squares"], &lines[1]["squares"]), (&json!(4), &json!(3)));
+    let counted: u64 = lines.iter().map(|line| line["tokens"].as_u64().unwrap()).sum();
+    assert_eq!(counted as usize, tokens);
+    let lines = stdout(&tessera(&[&["preprocess", "--image-mode", "pad", "--json"][..], &given].concat()));
+    assert!(lines.lines().all(|line| line.contains("\"squares\":1,\"tokens\":16,")), "{lines}");
+
+    let card = stdout(&tessera(&["inspect", "--model", &model]));
+    for words in
+        ["anyres: the whole, and tiles of 56x28, 28x56", "for 5 of 5 squares at a time", "a picture at most"]
+    {
+        assert!(card.contains(words), "{card}");
+    }
+    let card = stdout(&tessera(&["inspect", "--model", &model, "--image-mode", "crop"]));
+    assert!(card.contains("16 tokens a picture") && !card.contains("projected squares"), "{card}");
 }
 
 #[test]
@@ -228,6 +278,56 @@ fn inspect_describes_models_and_graphs() {
     assert!(old.contains("Hugging Face Hub"), "{old}");
     let text = stdout(&tessera(&["inspect", "--model", &data("j_llama_chatml_f32/model")]));
     assert!(!text.contains("vision tower"), "{text}");
+}
+
+/// Larger than this machine or not: nothing is drawn, read or allocated to describe it.
+#[test]
+fn inspect_describes_models_larger_than_the_machine() {
+    let card = stdout(&tessera(&["inspect", "--model", "preset:llava-1.5-13b"]));
+    for word in
+        ["40 layers, width 5120", "23 of 24 blocks", "memory plan", "weights 24.8", "KV cache", "machine"]
+    {
+        assert!(card.contains(word), "{word}: {card}");
+    }
+    let text = stdout(&tessera(&["inspect", "--model", "preset:llava-1.5-13b", "--graph", "decode"]));
+    assert!(text.contains("nodes,") && text.contains("GFLOP"), "{text}");
+}
+
+#[test]
+fn an_original_checkpoint_runs_and_is_described() {
+    let model = data("e1_original_linear/llava-v1.5-tiny");
+    let card = stdout(&tessera(&["inspect", "--model", &model]));
+    for word in [
+        "original LLaVA, linear projector",
+        "e1_original_linear/vision_tower",
+        "16 -> 32, linear",
+        "EXIF rotation ignored",
+        "tokenised piece by piece",
+        "penalty counts the answer",
+        "pad: put on a square",
+        "llava_v1",
+    ] {
+        assert!(card.contains(word), "{word}: {card}");
+    }
+    let card =
+        stdout(&tessera(&["inspect", "--model", &model, "--reference", "transformers", "--template", "v0"]));
+    assert!(
+        card.contains("EXIF rotation applied") && card.contains("crop:") && card.contains("llava_v0"),
+        "{card}"
+    );
+    let image = data("e1_original_linear/images/wide.png");
+    let tower = data("e1_original_linear/vision_tower");
+    let args =
+        ["run", "--model", &model, "--vision-tower", &tower, "--image", &image, "--prompt", "What is it?"];
+    let case: Value =
+        serde_json::from_slice(&std::fs::read(data("e1_original_linear/case.json")).unwrap()).unwrap();
+    let answer = stdout(&tessera(&[&args[..], &["--max-tokens", "12", "--quiet"]].concat()));
+    assert_eq!(answer.trim_end_matches('\n'), case["requests"][0]["expected_text"].as_str().unwrap());
+    let output = tessera(&["preprocess", "--model", &model, "--image", &image]);
+    assert!(stdout(&output).contains("(44x25 -> 3x28x28)"));
+    let output = tessera(&["run", "--model", &model, "--prompt", "x", "--vision-tower", &image]);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.code() == Some(2) && stderr.contains("--vision-tower"), "{stderr}");
 }
 
 #[test]

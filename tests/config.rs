@@ -68,7 +68,7 @@ fn a_llava_config_with_nothing_in_it_has_the_class_defaults() {
     let projector = config.projector.as_ref().unwrap();
     assert_eq!((projector.input_size, projector.hidden_size, projector.bias), (1024, 4096, true));
     assert_eq!((config.image_token_id, config.select), (Some(32000), SelectStrategy::Default));
-    assert_eq!((config.feature_layers.as_slice(), config.image_tokens()), ([23].as_slice(), 576));
+    assert_eq!((config.feature_layers.as_slice(), config.square_rows()), ([23].as_slice(), 576));
     assert_eq!(config.dtype, None);
 }
 
@@ -85,7 +85,7 @@ fn a_partial_vision_config_has_the_defaults_of_vit_b_32() {
         ..VIT_L_336
     };
     assert_eq!(config.vision, Some(expected));
-    assert_eq!((config.feature_layers.as_slice(), config.image_tokens()), ([11].as_slice(), 49));
+    assert_eq!((config.feature_layers.as_slice(), config.square_rows()), ([11].as_slice(), 49));
 }
 
 #[test]
@@ -179,7 +179,7 @@ fn feature_layers_are_resolved_against_the_embedding_and_every_block() {
         assert_eq!(config.feature_layers, expected);
     }
     let config = parse(with(llava(), json!({ "vision_feature_select_strategy": "full" }))).unwrap();
-    assert_eq!((config.select, config.image_tokens()), (SelectStrategy::Full, 577));
+    assert_eq!((config.select, config.square_rows()), (SelectStrategy::Full, 577));
 }
 
 #[test]
@@ -192,12 +192,11 @@ fn a_value_that_cannot_be_used_is_named_with_its_key() {
         ("model_type", json!({ "model_type": "qwen2_vl" })),
         (
             "model_type",
-            json!({ "model_type": "llava_next", "architectures": ["LlavaNextForConditionalGeneration"] }),
+            json!({ "model_type": "llava_onevision", "architectures": ["LlavaOnevisionForConditionalGeneration"] }),
         ),
         ("model_type", json!({ "model_type": null })),
         ("model_type", json!({ "model_type": 3 })),
-        ("architectures", json!({ "architectures": ["LlavaLlamaForCausalLM"] })),
-        ("architectures", json!({ "mm_vision_tower": "openai/clip-vit-large-patch14-336" })),
+        ("architectures", json!({ "architectures": ["LlavaMptForCausalLM"] })),
         ("architectures", json!({ "architectures": "LlavaForConditionalGeneration" })),
         (
             "architectures",
@@ -354,6 +353,7 @@ fn any_value() -> impl Strategy<Value = Value> {
         prop_oneof![
             Just("llama"),
             Just("llava"),
+            Just("llava_next"),
             Just("mistral"),
             Just("gelu"),
             Just("full"),
@@ -361,6 +361,7 @@ fn any_value() -> impl Strategy<Value = Value> {
         ]
         .prop_map(Value::from),
         prop::collection::vec(any::<i32>().prop_map(Value::from), 0..5).prop_map(Value::from),
+        prop::collection::vec([0usize..500, 0usize..500], 0..5).prop_map(|pairs| json!(pairs)),
         Just(json!({})),
         Just(json!({ "rope_type": "llama3", "factor": 1e-300 })),
     ]
@@ -373,10 +374,10 @@ proptest! {
     #[test]
     fn mutated_configs_never_panic(changes in prop::collection::vec((any::<prop::sample::Index>(), any_value()), 1..4)) {
         let mut config = json!({
-            "model_type": "llava", "architectures": ["LlavaForConditionalGeneration"], "image_token_index": 4,
+            "model_type": "llava_next", "architectures": null, "image_token_index": 4,
             "vision_feature_layer": -2, "vision_feature_select_strategy": "default", "torch_dtype": "float16",
             "projector_hidden_act": "gelu", "multimodal_projector_bias": true, "tie_word_embeddings": false,
-            "eos_token_id": 2, "quantization_config": null,
+            "eos_token_id": 2, "quantization_config": null, "image_grid_pinpoints": [[112, 224], [224, 224]],
             "text_config": { "model_type": "llama", "hidden_size": 256, "intermediate_size": 512,
                 "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
                 "vocab_size": 640, "max_position_embeddings": 1024, "rms_norm_eps": 1e-5, "rope_theta": 1e4,
@@ -399,7 +400,11 @@ proptest! {
                 let text = &model.text;
                 prop_assert_eq!(text.inv_freq().len(), text.head_dim / 2);
                 prop_assert!(text.vocab_size.checked_mul(text.hidden_size * text.num_layers).is_some());
-                prop_assert!(model.image_tokens() <= 1 << 14 | 1);
+                prop_assert!(model.square_rows() <= 1 << 14 | 1);
+                if let Some(tiling) = &model.tiling {
+                    prop_assert!(model.image_tokens(640, 480) <= tiling.max_tokens());
+                    prop_assert!(tiling.max_squares() * model.square_rows() <= 65 << 14);
+                }
             }
         }
     }

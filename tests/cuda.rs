@@ -105,6 +105,7 @@ ops! {
     rope_append "RopeAppend";
     paged_attention "PagedAttention";
     embed_rows "EmbedRows";
+    embed_tokens "EmbedTokens";
     select_rows "SelectRows";
     sample "Sample";
     l2_normalize "L2Normalize";

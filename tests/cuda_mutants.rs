@@ -161,8 +161,10 @@ fn unreached(file: &str) -> Vec<String> {
 #[test]
 fn mutants_of_products_are_caught() {
     let (none, gelu, dtype) = (Activation::None, Activation::GeluErf, DType::BF16);
-    let wide =
-        |case: Case| Case { op: Op::Linear { act: none, bias: false, residual: false, wide: true }, ..case };
+    let wide = |case: Case| Case {
+        op: Op::Linear { act: none, bias: false, residual: false, wide: true, pairs: Vec::new() },
+        ..case
+    };
     let with_data = |case: Case| {
         let data = case.data(1, dtype);
         (case, data)

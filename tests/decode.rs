@@ -87,7 +87,7 @@ fn every_pixel_layout_is_converted_as_pillow_does() {
         let levels = case["levels"].as_u64().unwrap() as u8;
         let mut check = |exif_orientation, size, key: &str| {
             let want = BASE64_STANDARD.decode(case[key].as_str().unwrap()).unwrap();
-            match decode(file, &bytes, &DecodeOptions { exif_orientation }) {
+            match decode(file, &bytes, &DecodeOptions { exif_orientation, ..Default::default() }) {
                 Ok(picture) if (picture.width, picture.height) == size => {
                     let worst = worst(&picture.rgb, &want);
                     if levels > 0 {

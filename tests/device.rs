@@ -14,8 +14,8 @@ use tessera::backend::{Backend, Buffer};
 use tessera::graph::diff::{Stray, first_stray, sound};
 use tessera::graph::{Control, Executor, Graph, Plan, ValueId};
 use tessera::op::PAGE;
-use tessera::runtime::{Advance, Engine, Input, LoadOptions, Model, Phase, Request, Sampling, Sequence};
-use tessera::runtime::{Session, SessionOptions, Source, Want};
+use tessera::runtime::{Advance, Engine, Input, LoadOptions, Model, Phase, Pixels, Request, Sampling};
+use tessera::runtime::{Sequence, Session, SessionOptions, Source, Want};
 use tessera::tensor::{Bindings, DType};
 
 /// Models small enough for the emulated device: every attention and every projector there is, f32, f16 and bf16.
@@ -372,6 +372,33 @@ fn replayed_steps_are_the_same_steps() {
         }
         assert_eq!(recording.replays.load(Ordering::Relaxed), 23);
         assert!(made[0] == made[1], "a replayed step has other bits");
+    }
+}
+
+/// The tower is recorded at the second picture, and makes of every later one what it makes node by node.
+#[test]
+fn replayed_pictures_are_the_same_pictures() {
+    for tested in devices::drivers() {
+        let one_by_one: Arc<dyn Backend> = Arc::new(tested.backend(DType::F16).check_launches(true));
+        let recording = Watched::new(Arc::new(tested.backend(DType::F16)), Box::new(|_, _, _| {}));
+        let made = [one_by_one, recording.clone()].map(|backend| {
+            let model = load(backend, &fixture(CASES[0]).source);
+            let mut session = session(&model);
+            let side = model.preprocess().unwrap().side();
+            let picture = |n: usize| -> Vec<f32> {
+                (0..3 * side * side).map(|i| ((i * 7919 + n * 331) % 1013) as f32 / 500.0 - 1.0).collect()
+            };
+            let mut encode = |n| {
+                let values = &picture(n);
+                let pixels = Pixels { values, order: None, digest: [n as u8; 32], keep_hidden: false };
+                let encoded = session.encode(pixels, &Control::default()).unwrap();
+                session.image_rows(&encoded.image).unwrap()
+            };
+            [encode(1), encode(2), encode(3), encode(1)]
+        });
+        // Tower and projector are two recordings.
+        assert_eq!(recording.replays.load(Ordering::Relaxed), 6);
+        assert!(made[0] == made[1] && made[1][0] == made[1][3], "a replayed picture has other bits");
     }
 }
 

@@ -127,9 +127,9 @@ impl Operands {
     fn run(&self, case: &Case, machine: &Machine, first: usize, m: usize) -> Vec<f32> {
         let x = &self.x[first * case.k..(first + m) * case.k];
         let layers: Vec<Layer> = (self.weights.iter().zip(&self.biases))
-            .map(|(w, b)| Layer { weight: w.matrix(), bias: case.bias.then(|| b.matrix()) })
+            .map(|(w, b)| Layer::new(w.matrix(), case.bias.then(|| b.matrix())))
             .collect();
-        let mut workspace = vec![0xffu8; linear_workspace(m, case.k, machine.threads())];
+        let mut workspace = vec![0xffu8; linear_workspace(m, case.k, std::iter::empty(), machine.threads())];
         let mut out = vec![f32::NAN; m * self.n];
         if case.gated {
             gated_linear(machine, x, layers[0], layers[1], &mut out, &mut workspace);
@@ -344,8 +344,8 @@ fn not_a_number_reaches_only_its_own_outputs() {
         let mut x = random.vec(m * 40);
         x[(m - 1) * 40] = f32::INFINITY;
         let mut out = vec![0.0; m * 20];
-        let mut workspace = vec![0; linear_workspace(m, 40, 1)];
-        let layer = Layer { weight: weight.matrix(), bias: None };
+        let mut workspace = vec![0; linear_workspace(m, 40, std::iter::empty(), 1)];
+        let layer = Layer::new(weight.matrix(), None);
         linear(&machine, &x, &[layer], (Activation::None, Residual::None), &mut out, &mut workspace);
         for (i, y) in out.iter().enumerate() {
             let (row, n) = (i / 20, i % 20);

@@ -22,7 +22,7 @@ fn cpu(isa: Isa, threads: usize) -> Arc<dyn Backend> {
 #[test]
 fn every_op_agrees_with_the_oracle_on_every_instruction_set() {
     let mut worst: BTreeMap<&str, f64> = BTreeMap::new();
-    for case in cases::all() {
+    for case in cases::all().into_iter().chain(cases::pairs()) {
         for seed in 0..3 {
             let data = case.data(seed, DType::F32);
             let exact = case.run(Arc::new(Oracle), &data);
@@ -47,7 +47,7 @@ fn every_op_agrees_with_the_oracle_on_every_instruction_set() {
 /// All rows of a case at once, and each alone, give the same bits; on any number of threads.
 #[test]
 fn rows_do_not_know_one_another() {
-    for case in cases::all() {
+    for case in cases::all().into_iter().chain(cases::pairs()) {
         let data = case.data(5, DType::F32);
         let isa = Isa::detect();
         let whole = case.run(cpu(isa, 1), &data);

@@ -32,9 +32,7 @@ fn noise(width: usize, height: usize) -> Picture {
 }
 
 fn pixels(preprocess: &Preprocess, picture: &Picture) -> Vec<f32> {
-    let mut out = vec![0.0; 3 * preprocess.side() * preprocess.side()];
-    preprocess.pixels(picture, &mut out).unwrap();
-    out
+    preprocess.pixels(picture).unwrap()
 }
 
 fn with_padding(mut preprocess: Preprocess) -> Preprocess {

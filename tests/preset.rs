@@ -14,8 +14,13 @@ use tessera::tensor::DType;
 /// Parameter counts of the published checkpoints.
 #[test]
 fn presets_have_the_sizes_of_the_real_models() {
-    let cases =
-        [("llava-1.5-7b", 7_063_427_072), ("llava-1.5-13b", 13_351_494_656), ("vicuna-7b", 6_738_415_616)];
+    let cases = [
+        ("llava-1.5-7b", 7_063_427_072),
+        ("llava-1.5-13b", 13_351_494_656),
+        // The newline is one row more.
+        ("llava-1.6-7b", 7_063_427_072 + 4096),
+        ("vicuna-7b", 6_738_415_616),
+    ];
     for (name, parameters) in cases {
         assert_eq!(Preset::find(name).unwrap().bytes(DType::F16).unwrap(), 2 * parameters, "{name}");
     }
@@ -101,7 +106,9 @@ fn random_weights_have_the_variance_that_keeps_activations() {
 
 #[test]
 fn synth_writes_the_bytes_that_a_preset_makes() {
-    for (name, shard_bytes, files) in [("llava-tiny", 1 << 20, 5), ("llama-tiny", u64::MAX, 1)] {
+    for (name, shard_bytes, files) in
+        [("llava-tiny", 1 << 20, 5), ("llava-next-tiny", u64::MAX, 1), ("llama-tiny", u64::MAX, 1)]
+    {
         let preset = Preset::find(name).unwrap();
         let dir = tempfile::tempdir().unwrap();
         let options = SynthOptions { dtype: DType::F16, seed: 3, shard_bytes, threads: 2 };

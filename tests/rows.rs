@@ -30,6 +30,7 @@ fn session(model: &Arc<Model>) -> Session {
         prefill_chunk: 128,
         max_sequences: 5,
         all_logits: true,
+        ..SessionOptions::default()
     };
     Session::new(model.clone(), options).unwrap()
 }
@@ -184,6 +185,7 @@ fn a_full_cache_is_an_error_that_changes_nothing() {
         prefill_chunk: 64,
         max_sequences: 2,
         all_logits: true,
+        ..SessionOptions::default()
     };
     let mut session = Session::new(model.clone(), options).unwrap();
     let control = Control::default();

@@ -1,7 +1,7 @@
 //! Shape rules and costs of ops: what is refused says what was expected, and costs are those that one
 //! computes by hand.
 
-use tessera::op::{Activation, Cost, KvExtent, Op, PAGE, Select, WeightType};
+use tessera::op::{Activation, Cost, KvExtent, Op, PAGE, Pair, Select, WeightType};
 use tessera::tensor::{DType, Rows, TensorType, View};
 
 fn f32s(rows: Rows, cols: usize) -> TensorType {
@@ -16,7 +16,25 @@ fn view(rows: usize, cols: usize) -> View {
     View { addr: 0, rows, cols, dtype: DType::F32 }
 }
 
-const LINEAR: Op = Op::Linear { act: Activation::None, bias: false, residual: false, wide: false };
+const LINEAR: Op =
+    Op::Linear { act: Activation::None, bias: false, residual: false, wide: false, pairs: Vec::new() };
+
+/// A linear op with a pair beside each of these matrices.
+fn adapted(matrices: &[usize]) -> Op {
+    let pairs = matrices.iter().map(|&matrix| Pair { matrix, scale: 1.0 }).collect();
+    Op::Linear { act: Activation::None, bias: false, residual: false, wide: false, pairs }
+}
+
+/// The same for a gated one.
+fn gated(matrices: &[usize]) -> Op {
+    let pairs = matrices.iter().map(|&matrix| Pair { matrix, scale: 1.0 }).collect();
+    Op::GatedLinear { bias: false, pairs }
+}
+
+/// A and B of rank 4 beside `[n, 64]`.
+fn pair(n: usize) -> Vec<WeightType> {
+    vec![weight(4, 64), weight(n, 4)]
+}
 
 #[test]
 fn operands_that_do_not_fit_are_refused_in_words() {
@@ -31,7 +49,28 @@ fn operands_that_do_not_fit_are_refused_in_words() {
         (LINEAR, vec![x], vec![weight(8, 32)], "weight 0 [8, 64]"),
         (LINEAR, vec![x], vec![], "at least one matrix"),
         (LINEAR, vec![x, x], vec![weight(8, 64)], "1 operands"),
-        (Op::GatedLinear { bias: false }, vec![x], vec![weight(8, 64), weight(9, 64)], "weight 1 [8, 64]"),
+        (gated(&[]), vec![x], vec![weight(8, 64), weight(9, 64)], "weight 1 [8, 64]"),
+        // Pairs: A and B of each follow the matrices, in the order of the matrices.
+        (adapted(&[0]), vec![x], vec![weight(8, 64), weight(4, 60), weight(8, 4)], "weight 1 [4, 64]"),
+        (adapted(&[0]), vec![x], vec![weight(8, 64), weight(4, 64), weight(9, 4)], "weight 2 [8, 4]"),
+        (adapted(&[0]), vec![x], vec![weight(8, 64), weight(4, 64), weight(8, 5)], "weight 2 [8, 4]"),
+        (adapted(&[0]), vec![x], vec![weight(8, 64), weight(0, 64), weight(8, 0)], "rank of at least 1"),
+        (adapted(&[0]), vec![x], vec![weight(4, 64), weight(8, 4)], "at least one matrix"),
+        (adapted(&[1]), vec![x], vec![weight(8, 64), weight(4, 64), weight(8, 4)], "order of 1 matrices"),
+        (gated(&[1, 0]), vec![x], [vec![weight(8, 64); 2], pair(8), pair(8)].concat(), "order of 2 matrices"),
+        (
+            adapted(&[0; 25]),
+            vec![x],
+            [vec![weight(8, 64)], vec![pair(8); 25].concat()].concat(),
+            "at most 24",
+        ),
+        (Op::EmbedTokens, vec![x], vec![weight(9, 64), weight(5, 64)], "operand 0 [5/image, 1]"),
+        (
+            Op::EmbedTokens,
+            vec![TensorType::i32(Rows::PerImage(5), 1)],
+            vec![weight(9, 64), weight(5, 63)],
+            "weight 1 [5, 64]",
+        ),
         (Op::RmsNorm { eps: 1e-5 }, vec![x], vec![weight(1, 63)], "weight 0 [1, 64]"),
         (
             Op::AddRmsNorm { eps: 1e-5 },
@@ -80,6 +119,12 @@ fn costs_are_those_computed_by_hand() {
 
     let decode = linear(1, 4096, 4096);
     assert_eq!(decode, Cost { flops: 33_554_432, bytes: 33_554_432 + 2 * 4096 * 4 });
+
+    // A pair of rank 128 on 4096 x 4096 is a sixteenth more.
+    let weights = [weight(4096, 4096), weight(128, 4096), weight(4096, 128)];
+    let with_pair = adapted(&[0]).cost(&[view(1, 4096)], &weights, &[view(1, 4096)], none);
+    let more = 2 * 2 * 128 * 4096;
+    assert_eq!(with_pair, Cost { flops: decode.flops + more, bytes: decode.bytes + more });
 
     // 640 rows see 640 * 641 / 2 keys in all; one row at context 1024 reads 1025 positions of K and V.
     let paged = Op::PagedAttention { heads: 32, kv_heads: 32, head_dim: 128 };

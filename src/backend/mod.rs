@@ -9,12 +9,14 @@ pub mod cpu;
 pub mod cuda;
 
 use crate::error::Result;
-use crate::op::{Op, WeightType};
+use crate::op::{Cost, Op, WeightType};
 #[cfg(doc)]
 use crate::tensor::Rows;
 use crate::tensor::{DType, View, Weight};
+use serde::Serialize;
 use std::any::Any;
 use std::fmt;
+use std::time::{Duration, Instant};
 
 /// Device memory, freed when dropped.
 pub struct Buffer {
@@ -90,6 +92,30 @@ pub struct Call<'a> {
     pub workspace: usize,
 }
 
+/// What a device can do at most, as loops that do nothing else show.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Ceilings {
+    /// Floating-point operations per second.
+    pub flops_per_s: f64,
+    /// Bytes read per second, from memory that no cache holds.
+    pub bytes_per_s: f64,
+}
+
+impl Ceilings {
+    /// The higher of two measurements: a ceiling is what was reached once.
+    pub fn max(self, other: Self) -> Self {
+        Ceilings {
+            flops_per_s: self.flops_per_s.max(other.flops_per_s),
+            bytes_per_s: self.bytes_per_s.max(other.bytes_per_s),
+        }
+    }
+
+    /// Seconds that work takes at least.
+    pub fn floor(&self, cost: Cost) -> f64 {
+        (cost.flops as f64 / self.flops_per_s).max(cost.bytes as f64 / self.bytes_per_s)
+    }
+}
+
 /// Ops that were recorded and can be repeated on the same operands; see [`Backend::record`].
 pub trait Recording: Send + Sync {
     /// Runs all of them, or starts to.
@@ -110,6 +136,24 @@ pub trait Backend: Send + Sync {
 
     /// The dtype of activations and of the KV cache: f32 on the CPU, 16 bits on a GPU.
     fn dtype(&self) -> DType;
+
+    /// Measures what the device can do at most, on the threads that run ops; `None` where nothing is timed.
+    ///
+    /// # Errors
+    /// [`Error::Memory`](crate::Error::Memory) if there is no room for what is read.
+    fn ceilings(&self) -> Result<Option<Ceilings>> {
+        Ok(None)
+    }
+
+    /// How long the ops that `work` runs take on the device, from the first's beginning to the last's end.
+    ///
+    /// # Errors
+    /// What `work` says; [`Error::Device`](crate::Error::Device).
+    fn time(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Duration> {
+        let start = Instant::now();
+        work()?;
+        Ok(start.elapsed())
+    }
 
     /// Bytes that are free for weights; `None` for a device that uses them where they are.
     ///
@@ -155,6 +199,14 @@ pub trait Backend: Send + Sync {
     /// What `work` says; [`Error::Device`](crate::Error::Device).
     fn record(&self, _work: &mut dyn FnMut() -> Result<()>) -> Result<Option<Box<dyn Recording>>> {
         Ok(None)
+    }
+
+    /// Waits until all that was started is done.
+    ///
+    /// # Errors
+    /// As for [`run`](Backend::run).
+    fn synchronize(&self) -> Result<()> {
+        Ok(())
     }
 
     /// Copies host bytes to the device.

@@ -2,7 +2,7 @@
 
 use super::options::{ModelArgs, SamplingArgs, SessionArgs};
 use super::progress::Progress;
-use super::run::{encode, stop_on_ctrl_c};
+use super::run::{decode, encode, stop_on_ctrl_c};
 use crate::error::{Error, Result};
 use crate::input::prompt::{Content, ImageSource, Message, Part};
 use crate::runtime::{Engine, FinishReason, ImageHandle, Input, Request, Sampling};
@@ -113,7 +113,8 @@ impl Talk {
     }
 
     fn show(&mut self, path: PathBuf) -> Result<()> {
-        let image = encode(&mut self.engine, &[ImageSource::Path(path)], self.quiet)?;
+        let picture = decode(&self.engine, &[ImageSource::Path(path)])?;
+        let image = encode(&mut self.engine, picture, self.quiet)?;
         self.images.extend(image);
         self.shown += 1;
         Ok(())

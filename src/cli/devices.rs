@@ -3,7 +3,8 @@
 use super::options::format_size;
 use crate::backend::Backend;
 use crate::backend::cpu::CpuBackend;
-use crate::backend::cuda::gpu;
+use crate::backend::cuda::resources::{self, Instructions, Resources};
+use crate::backend::cuda::{gpu, ledger};
 use crate::error::Result;
 use clap::Args;
 use serde_json::{Value, json};
@@ -14,10 +15,16 @@ pub struct Devices {
     /// Print one JSON object
     #[arg(long)]
     json: bool,
+    /// List the GPU kernels in this build with registers, stack and instructions
+    #[arg(long, conflicts_with = "json")]
+    kernels: bool,
 }
 
 impl Devices {
     pub fn run(self) -> Result<()> {
+        if self.kernels {
+            return super::print(&kernels());
+        }
         let found = [vec![cpu()?], gpus(), vec![emulator()]].concat();
         if self.json {
             let (usable, unusable): (Vec<_>, Vec<_>) = found.into_iter().partition(|d| d.problem.is_none());
@@ -35,6 +42,31 @@ impl Devices {
         super::print(&lines.collect::<String>())
     }
 }
+
+/// One line a kernel and architecture.
+fn kernels() -> String {
+    let all = resources::all();
+    if all.is_empty() {
+        return format!("{}: {REMEDY}\n", gpu::NO_KERNELS);
+    }
+    let mut text = format!(
+        "{:<36} {:<7} {:>9} {:>6} {:>6} {:>6} {:>7} {:>6} {:>6}\n",
+        "kernel", "arch", "registers", "stack", "spills", "HMMA", "LDGSTS", "LDG128", "local"
+    );
+    for Resources { kernel, arch, registers, stack, spills, instructions } in all {
+        text += &format!("{kernel:<36} {arch:<7} {registers:>9} {stack:>6} {spills:>6}");
+        if let Some(Instructions { products, copies, wide_loads, local }) = instructions {
+            text += &format!(" {products:>6} {copies:>7} {wide_loads:>6} {local:>6}");
+        }
+        text.push('\n');
+    }
+    text.push('\n');
+    ledger::states().iter().for_each(|(file, state)| text += &format!("{file:<16} {state}\n"));
+    text
+}
+
+/// What to do about a build without kernels.
+const REMEDY: &str = "put nvcc on the PATH or run kernels/fetch-nvcc, then build again";
 
 /// A device, and why it cannot be used, if so.
 #[derive(Clone, Debug)]
@@ -85,10 +117,7 @@ fn gpus() -> Vec<Found> {
     let built = !gpu::MODULES.is_empty();
     let found = named.into_iter().enumerate().map(|(ordinal, description)| Found {
         name: format!("cuda:{ordinal}"),
-        problem: (!built).then(|| {
-            let remedy = "put nvcc on the PATH or run kernels/fetch-nvcc, then build again";
-            format!("{description}; {}: {remedy}", gpu::NO_KERNELS)
-        }),
+        problem: (!built).then(|| format!("{description}; {}: {REMEDY}", gpu::NO_KERNELS)),
         description: format!("{description}; kernels by {}", gpu::COMPILER),
         more: Value::Null,
     });
@@ -97,10 +126,8 @@ fn gpus() -> Vec<Found> {
 
 #[cfg(feature = "emu")]
 fn emulator() -> Found {
-    let kernels = crate::backend::cuda::emu::kernels().count();
-    let description =
-        format!("the GPU's {kernels} kernels on the processor, every access checked; slow, for tests");
-    Found { name: "emu".into(), description, problem: None, more: json!({ "kernels": kernels }) }
+    let description = "the GPU's kernels on the processor, every access checked; slow, for tests".to_string();
+    Found { name: "emu".into(), description, problem: None, more: Value::Null }
 }
 
 #[cfg(not(feature = "emu"))]

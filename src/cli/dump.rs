@@ -1,8 +1,9 @@
 //! `--dump`: what went through the model, as safetensors that any tool can compare.
 
 use crate::error::{Error, Result};
-use crate::runtime::ImageHandle;
+use crate::runtime::engine::Kept;
 use crate::runtime::request::Completion;
+use crate::runtime::{ImageHandle, Model};
 use safetensors::tensor::{Dtype, TensorView};
 use std::path::Path;
 
@@ -14,20 +15,25 @@ struct Tensor {
     bytes: Vec<u8>,
 }
 
-/// Writes `pixel_values` [n,3,S,S], `vision_hidden` [n,rows,D], `image_features` [rows,D], `input_ids` [T],
-/// `logits` [T,V] and `generated_ids` [n] to `path`.
-pub fn write(path: &Path, images: &[ImageHandle], answer: &Completion) -> Result<()> {
+/// Makes sure that `path` can be written, before the work whose results it will hold.
+pub fn create(path: &Path) -> Result<()> {
+    std::fs::File::create(path).map(drop).map_err(|source| Error::io(path, source))
+}
+
+/// Writes `pixel_values` (see [`pixel_values`]), `vision_hidden` [squares of all pictures,rows,D],
+/// `image_features` [rows,D], `input_ids` [T], `logits` [T,V] and `generated_ids` [n] to `path`.
+pub fn write(path: &Path, model: &Model, images: &[ImageHandle], answer: &Completion) -> Result<()> {
     let mut tensors = Vec::new();
-    let kept: Vec<_> = images.iter().filter_map(|image| image.kept.as_ref()).collect();
-    if let [first, ..] = kept[..] {
-        let n = kept.len();
-        let concat = |part: fn(&crate::runtime::engine::Kept) -> &Vec<f32>| -> Vec<f32> {
+    let kept: Vec<_> = images.iter().filter_map(|image| image.kept.as_deref()).collect();
+    if let (Some(vision), [_, ..]) = (&model.config().vision, &kept[..]) {
+        let concat = |part: fn(&Kept) -> &Vec<f32>| -> Vec<f32> {
             kept.iter().flat_map(|k| part(k).iter().copied()).collect()
         };
-        let side = (first.pixels.len() / 3).isqrt();
-        tensors.push(f32s("pixel_values", &[n, 3, side, side], &concat(|k| &k.pixels)));
-        let width = first.hidden.len() / first.hidden_rows;
-        tensors.push(f32s("vision_hidden", &[n, first.hidden_rows, width], &concat(|k| &k.hidden)));
+        let pixels: Vec<_> = kept.iter().map(|k| k.pixels.as_slice()).collect();
+        tensors.push(pixel_values(vision.image_size, model.config().tiling.is_some(), &pixels));
+        let (hidden, squares) = (concat(|k| &k.hidden), kept.iter().map(|k| k.squares).sum::<usize>());
+        let shape = [squares, vision.num_rows(), hidden.len() / (squares * vision.num_rows())];
+        tensors.push(f32s("vision_hidden", &shape, &hidden));
         let features = concat(|k| &k.features);
         let rows: usize = images.iter().map(|image| image.encoded.len).sum();
         tensors.push(f32s("image_features", &[rows, features.len() / rows], &features));
@@ -57,9 +63,35 @@ fn ids(name: &'static str, values: &[u32]) -> Tensor {
     Tensor { name, dtype: Dtype::I64, shape: vec![values.len()], bytes }
 }
 
+/// Pixels of several pictures: [n,3,S,S], or, if they are seen in tiles, [n,squares,3,S,S] with zeros where a
+/// picture has fewer squares than another.
+fn pixel_values(side: usize, tiled: bool, pictures: &[&[f32]]) -> Tensor {
+    let square = 3 * side * side;
+    let longest = pictures.iter().map(|pixels| pixels.len()).max().unwrap_or(square);
+    let mut values = Vec::with_capacity(pictures.len() * longest);
+    for (i, pixels) in pictures.iter().enumerate() {
+        values.extend_from_slice(pixels);
+        values.resize((i + 1) * longest, 0.0);
+    }
+    match tiled {
+        true => f32s("pixel_values", &[pictures.len(), longest / square, 3, side, side], &values),
+        false => f32s("pixel_values", &[pictures.len(), 3, side, side], &values),
+    }
+}
+
 /// Writes the pixels of several pictures, as `preprocess --out` does.
-pub fn write_pixels(path: &Path, side: usize, pictures: &[Vec<f32>]) -> Result<()> {
-    let tensor = f32s("pixel_values", &[pictures.len(), 3, side, side], &pictures.concat());
+pub fn write_pixels(path: &Path, side: usize, tiled: bool, pictures: &[Vec<f32>]) -> Result<()> {
+    let pictures: Vec<_> = pictures.iter().map(Vec::as_slice).collect();
+    write_one(path, pixel_values(side, tiled, &pictures))
+}
+
+/// Writes vectors of one length as the rows of a tensor.
+pub fn write_rows(path: &Path, name: &'static str, rows: &[Vec<f32>]) -> Result<()> {
+    let cols = rows.first().map_or(0, Vec::len);
+    write_one(path, f32s(name, &[rows.len(), cols], &rows.concat()))
+}
+
+fn write_one(path: &Path, tensor: Tensor) -> Result<()> {
     let invalid = |error: safetensors::SafeTensorError| Error::io(path, std::io::Error::other(error));
     let view = TensorView::new(tensor.dtype, tensor.shape.clone(), &tensor.bytes).map_err(invalid)?;
     safetensors::serialize_to_file([(tensor.name, view)], None, path).map_err(invalid)

@@ -1,17 +1,19 @@
 //! `tessera inspect`: what a checkpoint is, and what running it would do.
 
 use super::options::{ModelArgs, SessionArgs, format_size};
+use crate::backend::cpu::physical_memory;
 use crate::error::{Error, Result};
-use crate::graph::Executor;
-use crate::input::image::ImageMode;
-use crate::model::config::{ModelConfig, SelectStrategy};
+use crate::graph::{Graph, Plan};
+use crate::input::image::{ImageMode, Merge, Tiling};
+use crate::model::config::{ModelConfig, Pooling, ProjectorConfig, Reference, SelectStrategy, VisionConfig};
+use crate::model::lora::Adapter;
+use crate::model::names::Layout;
 use crate::model::weights::{TensorInfo, Weights};
 use crate::op::{Cost, KvExtent};
-use crate::runtime::{Model, Session};
+use crate::runtime::{Clip, LoadOptions, Model, SessionPlan};
 use crate::tensor::{Bindings, DType, View};
 use clap::{Args, ValueEnum};
-use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Options of `tessera inspect`.
 #[derive(Debug, Args)]
@@ -45,50 +47,68 @@ enum GraphName {
 impl Inspect {
     pub fn run(self) -> Result<()> {
         let (source, load) = self.model.load_options()?;
-        let model = Arc::new(Model::load(&source, &load)?);
+        if source.is_clip()? {
+            return self.clip(&Clip::load(&source, &load)?);
+        }
+        // Nothing is computed, so nothing is drawn or allocated: a model may be larger than the machine.
+        let model = Model::load(&source, &LoadOptions { preset_values: false, ..load })?;
         if self.tensors {
             return super::print(&tensor_list(model.weights()));
         }
-        let session = Session::new(model, self.session.session_options())?;
+        let plan = SessionPlan::new(&model, &self.session.session_options())?;
         super::print(&match self.graph {
-            Some(graph) => self.listing(&session, graph)?,
-            None => card(&session),
+            Some(graph) => self.listing(&model, &plan, graph)?,
+            None => card(&model, &plan),
+        })
+    }
+
+    /// CLIP by itself has no sessions: its card, or its tensors.
+    fn clip(&self, clip: &Clip) -> Result<()> {
+        if self.graph.is_some() {
+            return Err(Error::option("--graph", "a model that `tessera run` takes", "a CLIP"));
+        }
+        super::print(&match self.tensors {
+            true => tensor_list(clip.weights()),
+            false => clip_card(clip),
         })
     }
 
     /// The nodes of a graph under the row counts of a typical step.
-    fn listing(&self, session: &Session, graph: GraphName) -> Result<String> {
-        let (executor, bindings, kv) = match graph {
+    fn listing(&self, model: &Model, plan: &SessionPlan, graph: GraphName) -> Result<String> {
+        let max = plan.language.max;
+        match graph {
             GraphName::Vision => {
-                let vision = session.vision().ok_or_else(|| {
-                    Error::option("--graph", "prefill or decode, as this is a text model", "vision")
-                })?;
-                (vision, Bindings { images: 1, ..Bindings::default() }, KvExtent::default())
+                let (Some(vision), Some(plan)) = (model.vision(), &plan.vision) else {
+                    return Err(Error::option(
+                        "--graph",
+                        "prefill or decode, as this is a text model",
+                        "vision",
+                    ));
+                };
+                // Without tiles one picture; with them the largest picture, so far as its squares go together.
+                Ok(nodes(&vision.graph, plan, &plan.max, KvExtent::default()))
             }
             GraphName::Prefill | GraphName::Decode => {
+                let (chunk, context) = (max.tokens, max.context);
                 let (past, tokens) = match graph {
-                    GraphName::Prefill => (0, self.tokens.unwrap_or(session.prefill_chunk())),
-                    _ => (self.tokens.unwrap_or(session.context() - 1), 1),
+                    GraphName::Prefill => (0, self.tokens.unwrap_or(chunk)),
+                    _ => (self.tokens.unwrap_or(context - 1), 1),
                 };
-                let (chunk, context) = (session.prefill_chunk(), session.context());
                 if tokens == 0 || tokens > chunk || past >= context {
                     let expected =
                         format!("1 to {chunk} rows of a prefill, or less than {context} positions");
                     return Err(Error::option("--tokens", expected, self.tokens.unwrap_or(tokens)));
                 }
-                let max = session.language().plan().max;
                 let entries = (past + tokens).div_ceil(crate::op::PAGE);
                 let bindings = Bindings { tokens, outputs: 1, images: 0, table_entries: entries, ..max };
-                (session.language(), bindings, KvExtent::of(past, tokens))
+                Ok(nodes(model.language(), &plan.language, &bindings, KvExtent::of(past, tokens)))
             }
-        };
-        Ok(nodes(executor, &bindings, kv))
+        }
     }
 }
 
 /// One line a node.
-fn nodes(executor: &Executor, bindings: &Bindings, kv: KvExtent) -> String {
-    let (graph, plan) = (executor.graph(), executor.plan());
+fn nodes(graph: &Graph, plan: &Plan, bindings: &Bindings, kv: KvExtent) -> String {
     let mut text = format!(
         "{:<34} {:<14} {:<24} {:<16} {:>10} {:>12} {:>12}\n",
         "node", "op", "operands", "result", "MFLOP", "bytes", "arena offset"
@@ -130,9 +150,8 @@ fn nodes(executor: &Executor, bindings: &Bindings, kv: KvExtent) -> String {
 }
 
 /// The model card.
-fn card(session: &Session) -> String {
-    let model = session.model();
-    let config = model.config();
+fn card(model: &Model, session: &SessionPlan) -> String {
+    let (config, plan) = (model.config(), &session.memory);
     let mut lines: Vec<(&str, String)> =
         vec![("model", model.name().into()), ("layout", model.weights().layout().to_string())];
     lines.extend(vision_lines(model, config));
@@ -160,13 +179,13 @@ fn card(session: &Session) -> String {
     lines.push(("positions", format!("{}, {}", t.max_positions, t.rope)));
     lines.push(("end of text", format!("{:?}", model.eos_token_ids())));
     lines.push(("chat template", model.prompter().template().name().into()));
+    lines.extend(adapter_lines(model.weights()));
     lines.push(("device", model.backend().describe()));
-    let plan = session.memory();
     let on_cpu = model.backend().dtype() == DType::F32;
     lines.push((
         "memory plan",
         format!(
-            "weights {} ({}) + KV cache {} ({} pages of {} positions, context {}) + activations {} = {}",
+            "weights {} ({}) + KV cache {} ({} pages of {} positions, context {}) + activations {}{} = {}",
             format_size(plan.weights),
             if on_cpu { "as stored" } else { model.backend().dtype().name() },
             format_size(plan.kv),
@@ -174,9 +193,13 @@ fn card(session: &Session) -> String {
             crate::op::PAGE,
             plan.context,
             format_size(plan.arena),
+            squares_plan(model, session),
             format_size(plan.total()),
         ),
     ));
+    let available = physical_memory();
+    let fits = if plan.check(available).is_ok() { "enough" } else { "too small: `run` will refuse" };
+    lines.push(("machine", format!("{} of memory, {fits}", format_size(available))));
     lines.push((
         "row results",
         match on_cpu {
@@ -185,9 +208,95 @@ fn card(session: &Session) -> String {
         }
         .into(),
     ));
-    let mut text: String = lines.iter().map(|(key, value)| format!("{key:<15} {value}\n")).collect();
-    text += &tensor_table(model.weights());
-    text
+    show(&lines, model.weights())
+}
+
+/// The card of a CLIP by itself.
+fn clip_card(clip: &Clip) -> String {
+    let (config, weights) = (clip.config(), clip.weights());
+    let mut lines = vec![("model", clip.name().to_string()), ("layout", weights.layout().to_string())];
+    if let Some(v) = &config.vision {
+        lines.push(("vision tower", tower_line(v, "", v.num_layers)));
+    }
+    if let Some(t) = &config.text {
+        let pooling = match t.pooling {
+            Pooling::LargestId => "the largest id (eos_token_id is 2)".into(),
+            Pooling::First(id) => format!("the first {id}"),
+        };
+        lines.push((
+            "text tower",
+            format!(
+                "{} blocks, width {}, {} heads of {}, MLP {}, vocabulary {}, {} positions, pooled at {pooling}",
+                t.num_layers,
+                t.hidden_size,
+                t.num_heads,
+                t.hidden_size / t.num_heads,
+                t.intermediate_size,
+                t.vocab_size,
+                t.max_positions,
+            ),
+        ));
+    }
+    lines.push(("shared space", format!("{} columns", config.projection_dim)));
+    lines.extend(adapter_lines(weights));
+    lines.push(("device", clip.backend().describe()));
+    show(&lines, weights)
+}
+
+/// Key and value a line, and the table of tensors.
+fn show(lines: &[(&str, String)], weights: &Weights) -> String {
+    let text: String = lines.iter().map(|(key, value)| format!("{key:<15} {value}\n")).collect();
+    text + &tensor_table(weights)
+}
+
+/// One line for each adapter: ranks, scales, and what it is added to.
+fn adapter_lines(weights: &Weights) -> Vec<(&'static str, String)> {
+    let layout = weights.layout();
+    weights.adapters().iter().map(|adapter| ("adapter", adapter_line(adapter, layout))).collect()
+}
+
+fn adapter_line(adapter: &Adapter, layout: Layout) -> String {
+    let part = |name: &str| {
+        let spelt = layout.spell(name);
+        let module = spelt.rsplit('.').nth(1).unwrap_or(&spelt).to_string();
+        if name.starts_with("vision.") { format!("vision {module}") } else { module }
+    };
+    let (mut ranks, mut scales) = (BTreeSet::new(), BTreeSet::new());
+    let mut targets: BTreeMap<String, usize> = BTreeMap::new();
+    for (name, pair) in adapter.pairs() {
+        ranks.insert(pair.a.rows);
+        scales.insert(pair.scale.to_string());
+        *targets.entry(part(name)).or_default() += 1;
+    }
+    let join = |items: Vec<String>| items.join(", ");
+    let mut line = adapter.dir().display().to_string();
+    if !targets.is_empty() {
+        let kind = if adapter.config().rank_stabilised { "rsLoRA" } else { "LoRA" };
+        let ranks = join(ranks.iter().map(usize::to_string).collect());
+        let scales = join(scales.into_iter().collect());
+        let targets = join(targets.iter().map(|(part, count)| format!("{part} x{count}")).collect());
+        line += &format!(": {kind}, rank {ranks}, scale {scales}, on {targets}");
+    }
+    let replaced: Vec<_> = adapter.replacements().map(|name| layout.spell(name)).collect();
+    if !replaced.is_empty() {
+        line += &format!("; replaces {}", join(replaced));
+    }
+    line
+}
+
+/// What tiles cost, for the picture that has most of them.
+fn squares_plan(model: &Model, session: &SessionPlan) -> String {
+    let (Some(tiling), Some(vision)) = (&model.config().tiling, &session.vision) else {
+        return String::new();
+    };
+    let plan = &session.memory;
+    format!(
+        " (vision {} of them, for {} of {} squares at a time) + projected squares {}",
+        format_size(plan.vision_arena),
+        vision.max.images,
+        tiling.max_squares(),
+        format_size(plan.squares),
+    )
 }
 
 fn vision_lines(model: &Model, config: &ModelConfig) -> Vec<(&'static str, String)> {
@@ -198,38 +307,77 @@ fn vision_lines(model: &Model, config: &ModelConfig) -> Vec<(&'static str, Strin
         SelectStrategy::Default => "class row dropped",
         SelectStrategy::Full => "class row kept",
     };
-    let mode = model.preprocess().map(|processor| match processor.mode {
-        ImageMode::Crop => "crop: the shorter side is resized, the longer one cut",
-        ImageMode::Pad => "pad: put on a square of the mean colour",
-    });
+    let mode = match (&config.tiling, model.preprocess().map(|processor| processor.mode)) {
+        (Some(tiling), _) => tiling_line(tiling),
+        (None, Ok(ImageMode::Crop)) => "crop: the shorter side is resized, the longer one cut".into(),
+        (None, Ok(ImageMode::Pad)) => "pad: put on a square of the mean colour".into(),
+        (None, Err(_)) => "none".into(),
+    };
+    let tokens = match &config.tiling {
+        Some(tiling) => {
+            format!("{} tokens a square, {} a picture at most", config.square_rows(), tiling.max_tokens())
+        }
+        None => format!("{} tokens a picture", config.square_rows()),
+    };
+    let apart =
+        model.tower_folder().map_or(String::new(), |folder| format!(" of {}", folder.path("").display()));
     vec![
-        (
-            "vision tower",
-            format!(
-                "CLIP, {} of {} blocks run, width {}, {} heads of {}, MLP {}, {}x{} pixels in patches of {}",
-                blocks,
-                v.num_layers,
-                v.hidden_size,
-                v.num_heads,
-                v.head_dim,
-                v.intermediate_size,
-                v.image_size,
-                v.image_size,
-                v.patch_size,
-            ),
-        ),
-        (
-            "image features",
-            format!(
-                "hidden state {}, {rows}: {} tokens a picture",
-                layers.join(" and "),
-                config.image_tokens()
-            ),
-        ),
-        ("projector", format!("{} -> {} -> {}, exact GELU", p.input_size, p.hidden_size, p.hidden_size)),
-        ("image mode", mode.unwrap_or("none").into()),
-        ("EXIF rotation", "applied, as by Hugging Face's loader".into()),
+        ("vision tower", tower_line(v, &apart, blocks)),
+        ("image features", format!("hidden state {}, {rows}: {tokens}", layers.join(" and "))),
+        ("projector", projector_line(p)),
+        ("rules", reference_line(model)),
+        ("image mode", mode),
     ]
+}
+
+/// The canvases of a LLaVA-NeXT, and what becomes of their rows.
+fn tiling_line(tiling: &Tiling) -> String {
+    let sizes: Vec<_> = tiling.resolutions().iter().map(|(w, h)| format!("{w}x{h}")).collect();
+    let merge = match tiling.merge() {
+        Merge::Flat => "square after square",
+        Merge::Spatial => "line by line",
+        Merge::SpatialUnpad { .. } => "line by line without the margin, a newline behind each",
+    };
+    format!("anyres: the whole, and tiles of {} (width x height); rows {merge}", sizes.join(", "))
+}
+
+/// The widths between linear layers.
+fn projector_line(projector: &ProjectorConfig) -> String {
+    let widths: Vec<_> = projector.inputs().chain([projector.hidden_size]).map(|n| n.to_string()).collect();
+    match projector.layers {
+        0 => "none (identity)".into(),
+        1 => format!("{}, linear", widths.join(" -> ")),
+        _ => format!("{}, exact GELU", widths.join(" -> ")),
+    }
+}
+
+/// What is done where transformers and the original code differ.
+fn reference_line(model: &Model) -> String {
+    let whose = match model.reference() {
+        Reference::Transformers => "transformers",
+        Reference::Original => "original LLaVA",
+    };
+    let exif = if model.decode_options().exif_orientation { "applied" } else { "ignored" };
+    let text = if model.prompter().cuts_at_pictures() { "piece by piece" } else { "as a whole" };
+    let penalty = if model.penalises_prompt() { "prompt and answer" } else { "the answer" };
+    format!(
+        "{whose}: EXIF rotation {exif}, text beside a picture tokenised {text}, repetition penalty counts {penalty}"
+    )
+}
+
+fn tower_line(v: &VisionConfig, apart: &str, blocks: usize) -> String {
+    format!(
+        "CLIP{apart}, {} of {} blocks run, width {}, {} heads of {}, MLP {}, {}x{} pixels in patches of {}",
+        blocks,
+        v.num_layers,
+        v.hidden_size,
+        v.num_heads,
+        v.head_dim,
+        v.intermediate_size,
+        v.image_size,
+        v.image_size,
+        v.patch_size,
+    )
 }
 
 /// Tensors with the layer number left out: one line for all layers.

@@ -1,13 +1,16 @@
 //! The command line: one file per command. Text goes to stdout as it is made; progress, timings and
 //! warnings go to stderr. Exit codes: 0 done, 1 failed, 2 usage.
 
+mod bench;
 mod chat;
+mod clip;
 mod devices;
 mod dump;
 mod eval;
 mod inspect;
 mod options;
 mod preprocess;
+mod profile;
 mod progress;
 mod run;
 mod synth;
@@ -30,12 +33,20 @@ enum Command {
     Run(run::Run),
     /// Talk: one turn a line, `/image FILE` shows a picture
     Chat(chat::Chat),
+    /// Tell which of several texts describes a picture best (CLIP)
+    Classify(clip::Classify),
+    /// Turn pictures or texts into vectors (CLIP)
+    Embed(clip::Embed),
     /// Describe a model: layout, dimensions, tensors, memory, graphs
     Inspect(inspect::Inspect),
     /// Show the pixels that the vision tower would see, with their SHA-256
     Preprocess(preprocess::Preprocess),
     /// Ask all questions of a file and count the right answers
     Eval(eval::Eval),
+    /// Time every stage, against what the hardware can do
+    Bench(bench::Bench),
+    /// Show where one run's time goes: a trace, a summary, a roofline
+    Profile(profile::Profile),
     /// Write a checkpoint of real dimensions and random weights
     Synth(synth::Synth),
     /// List the devices that can run a model
@@ -66,9 +77,13 @@ impl Command {
         match self {
             Command::Run(command) => command.run(),
             Command::Chat(command) => command.run(),
+            Command::Classify(command) => command.run(),
+            Command::Embed(command) => command.run(),
             Command::Inspect(command) => command.run(),
             Command::Preprocess(command) => command.run(),
             Command::Eval(command) => command.run(),
+            Command::Bench(command) => command.run(),
+            Command::Profile(command) => command.run(),
             Command::Synth(command) => command.run(),
             Command::Devices(command) => command.run(),
         }

@@ -4,9 +4,13 @@ use super::progress;
 use crate::error::Result;
 use crate::input::image::ImageMode;
 use crate::model::checkpoint::LoadMode;
+use crate::model::config::Reference;
+use crate::model::lora::Lora;
+use crate::model::parts::TowerSearch;
 use crate::runtime::{Device, DeviceOptions, LoadOptions, Sampling, SessionOptions, Source};
 use crate::tensor::DType;
 use clap::{Args, ValueEnum};
+use std::path::PathBuf;
 
 /// Which model, and how it is loaded.
 #[derive(Debug, Args)]
@@ -14,6 +18,9 @@ pub struct ModelArgs {
     /// `demo` (built in), a checkpoint directory, or `preset:NAME` (random weights)
     #[arg(long, default_value = "demo")]
     pub model: String,
+    /// An adapter (peft) laid over the model, with a factor for its effect; may be given several times
+    #[arg(long, value_name = "DIR[:SCALE]", value_parser = parse_lora)]
+    pub lora: Vec<Lora>,
     /// Where the model runs
     #[arg(long, value_name = "auto|cpu|cuda[:N]|emu", default_value_t = Device::Auto)]
     pub device: Device,
@@ -23,18 +30,33 @@ pub struct ModelArgs {
     /// Map weight files, or read them (for files that may change meanwhile)
     #[arg(long, value_enum, default_value_t = Load::Mmap)]
     pub load_mode: Load,
-    /// A chat template by name (`vicuna`) or file, instead of the checkpoint's
+    /// A conversation style (vicuna, v1, llava_v1, llava_v0, llava_llama_2, mistral_instruct, chatml_direct,
+    /// mpt, plain) or a Jinja file, instead of the checkpoint's
     #[arg(long, value_name = "NAME|FILE")]
     pub template: Option<String>,
-    /// What happens to pictures that are not square [auto: as the checkpoint says]
-    #[arg(long, value_enum, default_value_t = Mode::Auto)]
-    pub image_mode: Mode,
+    #[command(flatten)]
+    pub pictures: PictureArgs,
     /// What a GPU computes in [auto: as stored, bf16 for f32]; the dtype of a preset's weights [auto: f16]
     #[arg(long, value_enum, default_value_t = Dtype::Auto)]
     pub dtype: Dtype,
     /// Wait for every op on a GPU, so that an error names the one that made it
     #[arg(long)]
     pub check_launches: bool,
+}
+
+/// How pictures are read, and by whose rules.
+#[derive(Debug, Args)]
+pub struct PictureArgs {
+    /// What happens to pictures that are not square [auto: as the checkpoint says]
+    #[arg(long, value_enum, default_value_t = Mode::Auto)]
+    pub image_mode: Mode,
+    /// The vision tower of an original LLaVA [default: found beside the model or in the Hugging Face cache]
+    #[arg(long, value_name = "DIR")]
+    pub vision_tower: Option<PathBuf>,
+    /// Whose rules hold where programs differ: EXIF, pad or crop, text beside pictures, what a repetition
+    /// penalty counts [auto: those the checkpoint was made for]
+    #[arg(long, value_enum, default_value_t = Rules::Auto)]
+    pub reference: Rules,
 }
 
 /// How large a session is.
@@ -94,6 +116,17 @@ pub enum Mode {
     Pad,
 }
 
+/// `--reference`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Rules {
+    /// As the checkpoint's layout says.
+    Auto,
+    /// Hugging Face's.
+    Transformers,
+    /// Those of the code LLaVA was published with.
+    Original,
+}
+
 /// `--dtype`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Dtype {
@@ -103,6 +136,15 @@ pub enum Dtype {
     Bf16,
     /// IEEE half.
     F16,
+}
+
+impl From<Load> for LoadMode {
+    fn from(load: Load) -> Self {
+        match load {
+            Load::Mmap => LoadMode::Mmap,
+            Load::Read => LoadMode::Read,
+        }
+    }
 }
 
 impl Dtype {
@@ -126,10 +168,8 @@ impl ModelArgs {
     pub fn load_options(&self) -> Result<(Source, LoadOptions)> {
         let source = Source::parse(&self.model)?;
         let options = LoadOptions {
-            load_mode: match self.load_mode {
-                Load::Mmap => LoadMode::Mmap,
-                Load::Read => LoadMode::Read,
-            },
+            load_mode: self.load_mode.into(),
+            lora: self.lora.clone(),
             device: DeviceOptions {
                 device: self.device,
                 dtype: self.dtype.given(),
@@ -137,22 +177,47 @@ impl ModelArgs {
             },
             threads: self.threads.map(usize::from),
             template: self.template.clone(),
-            image_mode: self.image_mode(),
             preset_dtype: self.dtype.weights(),
             progress: Some(progress::making_weights()),
             ..LoadOptions::default()
         };
-        Ok((source, options))
+        Ok((source, self.pictures.apply(options)))
     }
 
-    /// The mode asked for, if not the checkpoint's.
-    pub fn image_mode(&self) -> Option<ImageMode> {
-        match self.image_mode {
-            Mode::Auto => None,
-            Mode::Crop => Some(ImageMode::Crop),
-            Mode::Pad => Some(ImageMode::Pad),
+    /// Whether times tell anything: those of the emulated device do not.
+    pub fn times(&self) -> bool {
+        self.device != Device::Emu
+    }
+}
+
+impl PictureArgs {
+    /// `options` with what is asked for here.
+    pub fn apply(&self, options: LoadOptions) -> LoadOptions {
+        LoadOptions {
+            image_mode: match self.image_mode {
+                Mode::Auto => None,
+                Mode::Crop => Some(ImageMode::Crop),
+                Mode::Pad => Some(ImageMode::Pad),
+            },
+            reference: match self.reference {
+                Rules::Auto => None,
+                Rules::Transformers => Some(Reference::Transformers),
+                Rules::Original => Some(Reference::Original),
+            },
+            tower: TowerSearch { given: self.vision_tower.clone(), hub_cache: hub_cache() },
+            ..options
         }
     }
+}
+
+/// Where `huggingface-cli download` puts what it downloads.
+fn hub_cache() -> Option<PathBuf> {
+    let dir = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let home = || {
+        let cache = dir("XDG_CACHE_HOME").or_else(|| Some(dir("HOME")?.join(".cache")))?;
+        Some(cache.join("huggingface"))
+    };
+    dir("HF_HUB_CACHE").or_else(|| Some(dir("HF_HOME").or_else(home)?.join("hub")))
 }
 
 impl SessionArgs {
@@ -164,7 +229,7 @@ impl SessionArgs {
             prefill_chunk: self.prefill_chunk,
             // A command line runs one sequence at a time.
             max_sequences: 1,
-            all_logits: false,
+            ..SessionOptions::default()
         }
     }
 }
@@ -195,6 +260,11 @@ impl SamplingArgs {
 fn clock_seed() -> u64 {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
     (now.as_nanos() as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 40
+}
+
+/// `DIR` or `DIR:SCALE`.
+pub fn parse_lora(text: &str) -> std::result::Result<Lora, String> {
+    Lora::parse(text).map_err(|error| error.to_string())
 }
 
 /// Bytes from `1073741824`, `512MiB`, `512M`, `2GB`: K, M, G and T are powers of 1024, with or without

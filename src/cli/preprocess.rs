@@ -1,11 +1,10 @@
 //! `tessera preprocess`: the pixels that the vision tower would see, and their hash.
 
 use super::dump;
-use super::options::Mode;
+use super::options::PictureArgs;
 use crate::error::Result;
-use crate::input::image::{self, DecodeOptions, ImageMode, pixels_sha256};
-use crate::runtime::Source;
-use crate::runtime::model;
+use crate::input::image::{self, pixels_sha256};
+use crate::runtime::{LoadOptions, Source, model};
 use clap::Args;
 use serde_json::json;
 use std::path::PathBuf;
@@ -19,10 +18,9 @@ pub struct Preprocess {
     /// A picture; may be given several times
     #[arg(long, value_name = "FILE", required = true)]
     image: Vec<PathBuf>,
-    /// What happens to pictures that are not square [auto: as the checkpoint says]
-    #[arg(long, value_enum, default_value_t = Mode::Auto)]
-    image_mode: Mode,
-    /// Write `pixel_values` [n,3,S,S] f32 to a safetensors file
+    #[command(flatten)]
+    pictures: PictureArgs,
+    /// Write `pixel_values` f32 to a safetensors file: [n,3,S,S], or [n,squares,3,S,S] for LLaVA-NeXT
     #[arg(long, value_name = "FILE.safetensors")]
     out: Option<PathBuf>,
     /// Print one JSON object for each picture
@@ -32,36 +30,41 @@ pub struct Preprocess {
 
 impl Preprocess {
     pub fn run(self) -> Result<()> {
-        let mut processor = model::load_preprocess(&Source::parse(&self.model)?)?;
-        match self.image_mode {
-            Mode::Auto => {}
-            Mode::Crop => processor.mode = ImageMode::Crop,
-            Mode::Pad => processor.mode = ImageMode::Pad,
-        }
-        let side = processor.side();
+        let options = self.pictures.apply(LoadOptions::default());
+        let (decode, processor, config) = model::load_preprocess(&Source::parse(&self.model)?, &options)?;
+        let (side, tiled) = (processor.side(), config.tiling.is_some());
         let mut all = Vec::with_capacity(self.image.len());
         for path in &self.image {
             let name = path.display().to_string();
-            let picture = image::decode(&name, &super::read(path)?, &DecodeOptions::default())?;
-            let mut pixels = vec![0f32; 3 * side * side];
-            processor.pixels(&picture, &mut pixels)?;
+            let picture = image::decode(&name, &super::read(path)?, &decode)?;
+            let pixels = processor.pixels(&picture)?;
             let hash = pixels_sha256(&pixels);
             let (width, height) = (picture.width, picture.height);
+            let squares = processor.squares(width, height);
+            let tokens = config.image_tokens(width, height);
             super::print(&match self.json {
                 true => {
-                    let mode = format!("{:?}", processor.mode).to_lowercase();
+                    let mode = match tiled {
+                        true => "anyres".into(),
+                        false => format!("{:?}", processor.mode).to_lowercase(),
+                    };
                     let object = json!({
-                        "file": name, "width": width, "height": height,
-                        "side": side, "image_mode": mode, "pixels_sha256": hash,
+                        "file": name, "width": width, "height": height, "side": side, "squares": squares,
+                        "tokens": tokens, "image_mode": mode, "pixels_sha256": hash,
                     });
                     format!("{object}\n")
                 }
-                false => format!("{hash}  {name} ({width}x{height} -> 3x{side}x{side})\n"),
+                false => {
+                    let squares = if tiled { format!("{squares}x") } else { String::new() };
+                    format!(
+                        "{hash}  {name} ({width}x{height} -> {squares}3x{side}x{side}), {tokens} tokens\n"
+                    )
+                }
             })?;
             all.push(pixels);
         }
         match &self.out {
-            Some(path) => dump::write_pixels(path, side, &all),
+            Some(path) => dump::write_pixels(path, side, tiled, &all),
             None => Ok(()),
         }
     }

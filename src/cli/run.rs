@@ -6,6 +6,7 @@ use super::progress::Progress;
 use crate::error::{Error, Result};
 use crate::graph::Control;
 use crate::input::prompt::{Conversation, ImageSource, Message};
+use crate::runtime::engine::Decoded;
 use crate::runtime::request::Completion;
 use crate::runtime::{Engine, ImageHandle, Input, Request};
 use clap::Args;
@@ -67,8 +68,7 @@ impl Run {
         let (source, load) = self.model.load_options()?;
         let (input, sources) = self.input()?;
         if let Some(path) = &self.dump {
-            // A path that cannot be written is better known before the work than after it.
-            std::fs::File::create(path).map_err(|source| Error::io(path, source))?;
+            dump::create(path)?;
         }
         let mut session = self.session.session_options();
         session.all_logits = self.dump.is_some();
@@ -78,9 +78,7 @@ impl Run {
         let loaded = start.elapsed();
         stop_on_ctrl_c(&engine.control)?;
 
-        let images = encode(&mut engine, &sources, self.quiet)?;
-        let request = Request {
-            images,
+        let mut request = Request {
             sampling,
             max_tokens: self.max_tokens,
             stop: self.stop.clone(),
@@ -89,19 +87,24 @@ impl Run {
             prompt_logits: self.dump.is_some(),
             ..Request::new(input)
         };
+        // A prompt that does not fit is better known before pictures are encoded than after it.
+        let pictures = decode(&engine, &sources)?;
+        let sizes: Vec<_> = pictures.iter().map(|p| (p.picture.width, p.picture.height)).collect();
+        engine.admit(&request, &sizes)?;
+        request.images = encode(&mut engine, pictures, self.quiet)?;
         if !sampling.is_greedy() && !self.quiet && !self.json {
             eprintln!("seed {}", sampling.seed);
         }
         let answer = self.answer(&mut engine, &request)?;
         if let Some(path) = &self.dump {
-            dump::write(path, &request.images, &answer)?;
+            dump::write(path, engine.model(), &request.images, &answer)?;
         }
         let timings = Timings::of(&request.images, &answer, loaded, start.elapsed());
         if self.json {
             let object = self.report(&engine, &request, &answer, &timings);
             return super::print(&format!("{object}\n"));
         }
-        if !self.quiet {
+        if !self.quiet && self.model.times() {
             eprintln!("{}", timings.line(&answer));
         }
         Ok(())
@@ -172,8 +175,8 @@ impl Run {
             "image_tokens": answer.image_tokens,
             "completion_tokens": answer.token_ids.len(),
             "images": images,
-            "timings_ms": timings.json(),
-            "decode_tokens_per_s": answer.decode_tokens_per_s(),
+            "timings_ms": self.model.times().then(|| timings.json()),
+            "decode_tokens_per_s": self.model.times().then(|| answer.decode_tokens_per_s()),
         });
         if !request.sampling.is_greedy() {
             object["seed"] = json!(request.sampling.seed);
@@ -199,17 +202,22 @@ fn logprobs(engine: &Engine, answer: &Completion) -> Value {
         .collect()
 }
 
-/// Decodes and encodes pictures, with a bar over the vision tower.
-pub fn encode(engine: &mut Engine, sources: &[ImageSource], quiet: bool) -> Result<Vec<ImageHandle>> {
-    let mut images = Vec::with_capacity(sources.len());
-    for (i, source) in sources.iter().enumerate() {
-        let (name, bytes) = match source {
-            ImageSource::Path(path) => (path.display().to_string(), super::read(path)?),
-            ImageSource::Bytes(bytes) => (format!("#{} (data: URL)", i + 1), bytes.clone()),
-            ImageSource::Given => unreachable!("`place` has put files in their places"),
-        };
+/// Decodes pictures.
+pub fn decode(engine: &Engine, sources: &[ImageSource]) -> Result<Vec<Decoded>> {
+    let named = |(i, source): (usize, &ImageSource)| match source {
+        ImageSource::Path(path) => engine.decode(&path.display().to_string(), &super::read(path)?),
+        ImageSource::Bytes(bytes) => engine.decode(&format!("#{} (data: URL)", i + 1), bytes),
+        ImageSource::Given => unreachable!("`place` has put files in their places"),
+    };
+    sources.iter().enumerate().map(named).collect()
+}
+
+/// Encodes pictures, with a bar over the vision tower, and lets go of their pixels one after the other.
+pub fn encode(engine: &mut Engine, pictures: Vec<Decoded>, quiet: bool) -> Result<Vec<ImageHandle>> {
+    let mut images = Vec::with_capacity(pictures.len());
+    for picture in pictures {
         let _progress = Progress::follow("looking at the picture", &engine.control, quiet);
-        images.push(engine.image(&name, &bytes)?);
+        images.push(engine.encode(&picture)?);
     }
     Ok(images)
 }

@@ -10,10 +10,12 @@
 use super::{Graph, Plan, Source, ValueId};
 use crate::backend::{Backend, Buffer, Call, Recording};
 use crate::error::{Error, Result};
+use crate::op::KvExtent;
 use crate::tensor::{Bindings, DType, View};
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 /// Watches and stops work from another thread. Clones share one state.
 ///
@@ -59,8 +61,23 @@ impl Control {
 
 /// Most operands any op has.
 const MAX_INS: usize = 8;
-const MAX_WEIGHTS: usize = 8;
+const MAX_WEIGHTS: usize = 8 + 2 * crate::op::MAX_PAIRS;
 const MAX_OUTS: usize = 2;
+
+/// When a node ran, and on what.
+#[derive(Clone, Copy, Debug)]
+pub struct Span {
+    /// Its place in the graph.
+    pub node: usize,
+    /// When the device was asked.
+    pub start: Instant,
+    /// How long the device took.
+    pub took: Duration,
+    /// The row counts of the step.
+    pub bindings: Bindings,
+    /// What the step touched of the KV cache.
+    pub kv: KvExtent,
+}
 
 /// Decode steps of more rows than this run node by node: their launches take longer than asking for them does.
 pub const MAX_RECORDED_ROWS: usize = 8;
@@ -93,6 +110,10 @@ pub struct Executor {
     arena: Arc<Buffer>,
     /// The address of each value.
     addrs: Vec<usize>,
+    /// Where nodes write down when they ran, if anyone wants to know. Never grown while a step runs.
+    spans: Vec<Span>,
+    /// What the next step touches of the KV cache, for spans.
+    kv: KvExtent,
     recordings: Vec<(Repeatable, Recorded)>,
     records: bool,
 }
@@ -126,8 +147,9 @@ impl Executor {
             assert!(node.ins.len() <= MAX_INS && node.outs.len() <= MAX_OUTS);
             assert!(node.weights.len() <= MAX_WEIGHTS);
         }
+        let (spans, kv) = (Vec::new(), KvExtent::default());
         let recordings = Vec::with_capacity(MAX_RECORDINGS);
-        Executor { graph, backend, plan, arena, addrs, recordings, records: true }
+        Executor { graph, backend, plan, arena, addrs, spans, kv, recordings, records: true }
     }
 
     /// The graph.
@@ -138,6 +160,22 @@ impl Executor {
     /// The memory plan.
     pub fn plan(&self) -> &Plan {
         &self.plan
+    }
+
+    /// Writes down from now on when nodes run, the first `capacity` of them; 0 stops it. It costs two
+    /// readings of the clock a node.
+    pub fn record(&mut self, capacity: usize) {
+        self.spans = Vec::with_capacity(capacity);
+    }
+
+    /// What has been written down since [`record`](Executor::record).
+    pub fn spans(&self) -> &[Span] {
+        &self.spans
+    }
+
+    /// Says what the next step touches of the KV cache; only spans carry it.
+    pub fn set_kv_extent(&mut self, kv: KvExtent) {
+        self.kv = kv;
     }
 
     /// Where a value lies in a step of these row counts.
@@ -265,6 +303,10 @@ impl Executor {
         if control.is_cancelled() {
             return Err(Error::Cancelled);
         }
+        if self.spans.len() < self.spans.capacity() {
+            // SAFETY: passed on from the caller.
+            return unsafe { self.run_timed(nodes, bindings, control) };
+        }
         match self.repeatable(&nodes, bindings) {
             // SAFETY: passed on from the caller.
             Some(key) => unsafe { self.repeat(key, bindings, control) },
@@ -295,6 +337,28 @@ impl Executor {
         let decode_step = (tokens, outputs) == (decode, decode_outputs) && tokens <= MAX_RECORDED_ROWS;
         let worth = self.records && (images > 0 || decode_step);
         worth.then(|| Repeatable { nodes: nodes.clone(), tokens, outputs, images })
+    }
+
+    /// Runs nodes one by one and writes down how long each took.
+    ///
+    /// # Safety
+    /// As for [`run`](Executor::run).
+    unsafe fn run_timed(
+        &mut self,
+        nodes: Range<usize>,
+        bindings: &Bindings,
+        control: &Control,
+    ) -> Result<()> {
+        for node in nodes {
+            let start = Instant::now();
+            // SAFETY: passed on from the caller.
+            let mut work = || unsafe { self.run_each(node..node + 1, bindings, control) };
+            let took = self.backend.time(&mut work)?;
+            if self.spans.len() < self.spans.capacity() {
+                self.spans.push(Span { node, start, took, bindings: *bindings, kv: self.kv });
+            }
+        }
+        Ok(())
     }
 
     /// Runs nodes that may have been recorded.

@@ -8,14 +8,15 @@ pub mod diff;
 mod exec;
 mod plan;
 
-pub use exec::{Control, Executor};
+pub use exec::{Control, Executor, Span};
 pub use plan::Plan;
 
 use crate::backend::{Backend, Prepared};
 use crate::error::Result;
-use crate::op::{Op, WeightType};
+use crate::op::{Cost, KvExtent, Op, WeightType};
 use crate::tensor::{Bindings, Rows, TensorType, Weight};
 use std::fmt;
+use std::ops::Range;
 
 /// A value of a graph: an input, a state or a node's result.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -210,5 +211,14 @@ impl Graph {
             crate::tensor::View { addr: 0, rows: ty.rows.bind(bindings), cols: ty.cols, dtype: ty.dtype }
         };
         NodeShape { ins: node.ins.iter().map(bind).collect(), outs: node.outs.iter().map(bind).collect() }
+    }
+
+    /// What some of the nodes do on bound shapes.
+    pub fn cost(&self, nodes: Range<usize>, bindings: &Bindings, kv: KvExtent) -> Cost {
+        self.nodes[nodes].iter().fold(Cost::default(), |sum, node| {
+            let shapes = self.shapes(node, bindings);
+            let cost = node.op.cost(&shapes.ins, &self.weight_types(node), &shapes.outs, kv);
+            Cost { flops: sum.flops + cost.flops, bytes: sum.bytes + cost.bytes }
+        })
     }
 }

@@ -6,6 +6,7 @@ use crate::folder::Folder;
 use serde_json::{Map, Value};
 use std::ops::RangeInclusive;
 use std::path::Path;
+use std::sync::LazyLock;
 
 /// The JSON object in the file `name` of `folder`, or `None` if there is no such file.
 pub fn find_object(folder: &Folder, name: &str) -> Result<Option<Map<String, Value>>> {
@@ -40,6 +41,27 @@ impl<'a> Section<'a> {
         Section { file, prefix: "", map }
     }
 
+    /// The object itself.
+    pub fn map(&self) -> &'a Map<String, Value> {
+        self.map
+    }
+
+    /// A part of `file` that is not as it stands there; `prefix` is put before its keys in errors.
+    pub fn part(file: &'a Path, prefix: &'static str, map: &'a Map<String, Value>) -> Self {
+        Section { file, prefix, map }
+    }
+
+    /// Another object of the same file.
+    pub fn other(&self, map: &'a Map<String, Value>) -> Self {
+        Section { file: self.file, prefix: "", map }
+    }
+
+    /// An object without keys in the place of one that is absent, whose keys are reported behind `prefix`.
+    pub fn empty(&self, prefix: &'static str) -> Section<'a> {
+        static NONE: LazyLock<Map<String, Value>> = LazyLock::new(Map::new);
+        Section { file: self.file, prefix, map: &NONE }
+    }
+
     /// The object under `key`, whose keys are reported behind `prefix` (`key` with a dot).
     pub fn child(&self, key: &str, prefix: &'static str) -> Result<Option<Section<'a>>> {
         match self.get(key) {
@@ -47,6 +69,11 @@ impl<'a> Section<'a> {
             Some(Value::Object(map)) => Ok(Some(Section { file: self.file, prefix, map })),
             Some(_) => Err(self.error(key, "an object")),
         }
+    }
+
+    /// All keys with their values, copied.
+    pub fn entries(&self) -> impl Iterator<Item = (String, Value)> + use<'a> {
+        self.map.iter().map(|(key, value)| (key.clone(), value.clone()))
     }
 
     /// The value under `key`, unless it is absent or null.

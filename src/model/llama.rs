@@ -2,11 +2,12 @@
 //! sequences, because a row's page table and position are inputs.
 
 use super::config::TextConfig;
+use super::linear::linear;
 use super::weights::Weights;
 use crate::error::Result;
 use crate::graph::{GraphBuilder, ValueId};
 use crate::op::{Activation, Op, PAGE, SAMPLE_PARAMS, Select};
-use crate::tensor::{Rows, TensorType, Weight};
+use crate::tensor::{Rows, TensorType};
 
 /// The ends of the language model. T packed token rows, R rows whose logits are wanted, D model width,
 /// V vocabulary.
@@ -65,8 +66,7 @@ pub fn build(b: &mut GraphBuilder<'_>, config: &TextConfig, weights: &Weights) -
 
     let step = Step { positions, slots, table_starts, tables, select, rope };
     let table = weights.matrix("lm.embed_tokens.weight", vocab, width)?;
-    let embed = [table.clone()];
-    let mut x = b.push("embed", Op::EmbedRows, &[ids, sources, image_rows], &embed)?;
+    let mut x = b.push("embed", Op::EmbedRows, &[ids, sources, image_rows], &[table])?;
     for layer in 0..config.num_layers {
         x = block(b, config, layer, weights, &step, x)?;
     }
@@ -74,12 +74,9 @@ pub fn build(b: &mut GraphBuilder<'_>, config: &TextConfig, weights: &Weights) -
     b.scope("");
     let norm = Op::RmsNorm { eps: config.rms_norm_eps };
     let x = b.push("norm", norm, &[x], &[weights.vector("lm.norm.weight", width)?])?;
-    let head = match config.tie_word_embeddings {
-        true => table,
-        false => weights.matrix("lm.head.weight", vocab, width)?,
-    };
-    let linear = Op::Linear { act: Activation::None, bias: false, residual: false, wide: true };
-    let logits = b.push("lm_head", linear, &[x], &[head])?;
+    let head = if config.tie_word_embeddings { "lm.embed_tokens" } else { "lm.head" };
+    let wide = Op::Linear { act: Activation::None, bias: false, residual: false, wide: true, pairs: vec![] };
+    let logits = linear(b, weights, "lm_head", wide, &[x], &[(head.into(), vocab, width)])?;
     b.keep(logits);
     let next = b.push("sample", Op::Sample, &[logits, params, seen], &[])?;
     b.keep(next);
@@ -121,20 +118,8 @@ fn block(
 ) -> Result<ValueId> {
     let TextConfig { num_heads: heads, num_kv_heads: kv_heads, head_dim, .. } = *config;
     let (width, inner, eps) = (config.hidden_size, config.intermediate_size, config.rms_norm_eps);
-    let linear = |bias, residual| Op::Linear { act: Activation::None, bias, residual, wide: false };
     let name = |part: &str| format!("lm.layers.{layer}.{part}");
     let norm = |part: &str| weights.vector(&name(&format!("{part}.weight")), width);
-    // The matrices `parts`, each with its rows and columns, then their biases if the model has them.
-    let operands = |parts: &[(&str, usize, usize)], bias: bool| -> Result<Vec<Weight>> {
-        let matrices = parts
-            .iter()
-            .map(|&(part, rows, cols)| weights.matrix(&name(&format!("{part}.weight")), rows, cols));
-        let biases = parts
-            .iter()
-            .filter(|_| bias)
-            .map(|&(part, rows, _)| weights.vector(&name(&format!("{part}.bias")), rows));
-        matrices.chain(biases).collect()
-    };
 
     b.scope(format_args!("layers.{layer}."));
     let pages = b.float(Rows::Pages, kv_heads * head_dim * PAGE);
@@ -143,15 +128,13 @@ fn block(
 
     let (q_width, kv_width) = (heads * head_dim, kv_heads * head_dim);
     let h = b.push("input_norm", Op::RmsNorm { eps }, &[x], &[norm("input_layernorm")?])?;
-    let qkv = operands(
-        &[
-            ("self_attn.q_proj", q_width, width),
-            ("self_attn.k_proj", kv_width, width),
-            ("self_attn.v_proj", kv_width, width),
-        ],
-        config.attention_bias,
-    )?;
-    let qkv = b.push("qkv", linear(config.attention_bias, false), &[h], &qkv)?;
+    let projection = Op::linear(Activation::None, config.attention_bias, false);
+    let qkv = [
+        (name("self_attn.q_proj"), q_width, width),
+        (name("self_attn.k_proj"), kv_width, width),
+        (name("self_attn.v_proj"), kv_width, width),
+    ];
+    let qkv = linear(b, weights, "qkv", projection.clone(), &[h], &qkv)?;
     let rope = Op::RopeAppend { heads, kv_heads, head_dim };
     let q = b.push("rope", rope, &[qkv, step.positions, step.slots, step.rope, k, v], &[])?;
     let attention = Op::PagedAttention { heads, kv_heads, head_dim };
@@ -166,15 +149,16 @@ fn block(
         }
         false => (x, a),
     };
-    let o = operands(&[("self_attn.o_proj", width, q_width)], config.attention_bias)?;
-    let o = b.push("out", linear(config.attention_bias, false), &[a], &o)?;
+    let o = [(name("self_attn.o_proj"), width, q_width)];
+    let o = linear(b, weights, "out", projection, &[a], &o)?;
     let post = norm("post_attention_layernorm")?;
     let sum = b.push_all("post_attention_norm", Op::AddRmsNorm { eps }, &[x, o], &[post])?;
     let (x, h) = (sum[0], sum[1]);
 
     let bias = config.mlp_bias;
-    let gate_up = operands(&[("mlp.gate_proj", inner, width), ("mlp.up_proj", inner, width)], bias)?;
-    let h = b.push("gate_up", Op::GatedLinear { bias }, &[h], &gate_up)?;
-    let down = operands(&[("mlp.down_proj", width, inner)], bias)?;
-    b.push("down", linear(bias, true), &[h, x], &down)
+    let gate_up = [(name("mlp.gate_proj"), inner, width), (name("mlp.up_proj"), inner, width)];
+    let gated = Op::GatedLinear { bias, pairs: vec![] };
+    let h = linear(b, weights, "gate_up", gated, &[h], &gate_up)?;
+    let down = [(name("mlp.down_proj"), width, inner)];
+    linear(b, weights, "down", Op::linear(Activation::None, bias, true), &[h, x], &down)
 }

@@ -1,16 +1,20 @@
 //! What tensors are called. Inside the project every tensor has one canonical name; checkpoints in the
-//! wild spell it in five ways, and this is the only file that knows them.
+//! wild spell it in seven ways, and this is the only file that knows them.
 //!
 //! | canonical | what |
 //! |---|---|
 //! | `vision.X` | the tower: `embeddings.*`, `pre_layrnorm.*` (sic), `encoder.layers.N.*`, `post_layernorm.*` |
-//! | `projector.X` | `linear_1.{weight,bias}`, `linear_2.{weight,bias}` |
+//! | `projector.X` | `linear_1.{weight,bias}`, `linear_2.{weight,bias}`, and so on |
+//! | `image_newline` | LLaVA-NeXT's row that ends a line of patches, `[H]` |
 //! | `lm.X` | `embed_tokens.weight`, `layers.N.*`, `norm.weight` |
 //! | `lm.head.weight` | the output matrix, absent if it is tied to the embedding |
+//! | `text.X` | CLIP's text tower: `embeddings.*`, `encoder.layers.N.*`, `final_layer_norm.*` |
+//! | `visual_projection.weight`, `text_projection.weight`, `logit_scale` | the rest of a CLIP |
 //!
 //! X is spelt as transformers spells it.
 
 use super::config::{ModelConfig, TextConfig, VisionConfig};
+use crate::input::image::Tiling;
 use std::fmt;
 
 /// How a checkpoint spells its names.
@@ -26,13 +30,25 @@ pub enum Layout {
     StateDictFlatTower,
     /// `model.*`, `lm_head.weight`: a text model.
     Llama,
+    /// As `Llama` with `model.mm_projector.{0,2,..}.*` and, where the file has the tower,
+    /// `model.vision_tower.vision_tower.vision_model.*`: the original LLaVA.
+    Original,
+    /// As `Original` with `model.mm_projector.*`: a projector of one layer has no number.
+    OriginalLinear,
+    /// `vision_model.*`, `text_model.*`: CLIP by itself.
+    Clip,
 }
 
 impl Layout {
     /// The layout of a file with these tensor names.
     pub fn detect<'a>(names: impl Iterator<Item = &'a str>) -> Layout {
-        let (mut hub, mut state_dict, mut nested_tower) = (false, false, false);
+        let (mut hub, mut state_dict, mut nested_tower, mut clip) = (false, false, false, false);
         for name in names {
+            if let Some((_, rest)) = name.split_once("mm_projector.") {
+                let numbered = rest.starts_with(|c: char| c.is_ascii_digit());
+                return if numbered { Layout::Original } else { Layout::OriginalLinear };
+            }
+            clip |= name.starts_with("vision_model.") || name.starts_with("text_model.");
             let inner = name.strip_prefix("model.").unwrap_or(name);
             let multimodal = ["language_model.", "vision_tower.", "multi_modal_projector."];
             if multimodal.iter().any(|prefix| inner.starts_with(prefix)) {
@@ -46,6 +62,7 @@ impl Layout {
             (true, _, false) => Layout::HubFlatTower,
             (false, true, true) => Layout::StateDict,
             (false, true, false) => Layout::StateDictFlatTower,
+            (false, false, _) if clip => Layout::Clip,
             (false, false, _) => Layout::Llama,
         }
     }
@@ -58,21 +75,46 @@ impl Layout {
         };
         let tower = match self {
             Layout::HubFlatTower | Layout::StateDictFlatTower => "vision_tower.",
+            Layout::Original | Layout::OriginalLinear => "model.vision_tower.vision_tower.vision_model.",
+            Layout::Clip => "vision_model.",
             _ => "vision_tower.vision_model.",
         };
         let (lm, head) = match self {
             Layout::Hub | Layout::HubFlatTower => ("language_model.model.", "language_model.lm_head."),
             Layout::StateDict | Layout::StateDictFlatTower => ("model.language_model.", "lm_head."),
-            Layout::Llama => ("model.", "lm_head."),
+            Layout::Llama | Layout::Original | Layout::OriginalLinear => ("model.", "lm_head."),
+            Layout::Clip => ("", "lm_head."),
         };
-        if let Some(rest) = name.strip_prefix("vision.") {
+        if let Some(rest) = name.strip_prefix("text.") {
+            format!("text_model.{rest}")
+        } else if name == "image_newline" {
+            match self {
+                Layout::Original | Layout::OriginalLinear => format!("model.{name}"),
+                _ => format!("{model}{name}"),
+            }
+        } else if let Some(rest) = name.strip_prefix("vision.") {
             format!("{model}{tower}{rest}")
         } else if let Some(rest) = name.strip_prefix("projector.") {
-            format!("{model}multi_modal_projector.{rest}")
+            match self {
+                Layout::Original | Layout::OriginalLinear => self.spell_mm_projector(rest),
+                _ => format!("{model}multi_modal_projector.{rest}"),
+            }
         } else if let Some(rest) = name.strip_prefix("lm.head.") {
             format!("{head}{rest}")
+        } else if let Some(rest) = name.strip_prefix("lm.") {
+            format!("{lm}{rest}")
         } else {
-            format!("{lm}{}", name.strip_prefix("lm.").unwrap_or(name))
+            name.into()
+        }
+    }
+
+    /// `linear_2.bias` as the original spells it: a layer's number counts the activations between.
+    fn spell_mm_projector(self, rest: &str) -> String {
+        let numbered = rest.strip_prefix("linear_").and_then(|rest| rest.split_once('.'));
+        let (layer, rest) = numbered.map_or((1, rest), |(n, rest)| (n.parse().unwrap_or(1), rest));
+        match self {
+            Layout::OriginalLinear if layer == 1 => format!("model.mm_projector.{rest}"),
+            _ => format!("model.mm_projector.{}.{rest}", 2 * layer.max(1) - 2),
         }
     }
 }
@@ -87,24 +129,51 @@ impl fmt::Display for Layout {
                 "model.language_model.*, model.vision_tower.* (transformers 5, raw)"
             }
             Layout::Llama => "model.*, lm_head.weight (text model)",
+            Layout::Original => "model.*, model.mm_projector.N.* (original LLaVA)",
+            Layout::OriginalLinear => "model.*, model.mm_projector.* (original LLaVA, linear projector)",
+            Layout::Clip => "vision_model.*, text_model.* (CLIP)",
         })
     }
 }
 
 /// The canonical name of the tensor that a file calls `name`, or `None` if no model here uses it.
-/// All layouts at once: drop `model.`, then `language_model.` or the name of a part, then
-/// `model.` or `vision_model.`.
+/// All layouts at once: drop `base_model.model.` (what peft puts before everything) and `model.`, then
+/// `language_model.` or the name of a part, as often as it stands there, then `model.` or `vision_model.`.
 pub fn canonical(name: &str) -> Option<String> {
     if is_buffer(name) {
         return None;
     }
+    let name = name.strip_prefix("base_model.model.").unwrap_or(name);
+    if ["visual_projection.weight", "text_projection.weight", "logit_scale"].contains(&name) {
+        return Some(name.into());
+    }
+    if let Some(rest) = name.strip_prefix("text_model.") {
+        return Some(format!("text.{rest}"));
+    }
     let name = name.strip_prefix("model.").unwrap_or(name);
     if let Some(rest) = name.strip_prefix("vision_tower.") {
+        let rest = rest.strip_prefix("vision_tower.").unwrap_or(rest);
         let rest = rest.strip_prefix("vision_model.").unwrap_or(rest);
         return Some(format!("vision.{rest}"));
     }
+    // A tower in a folder of its own: CLIPModel and CLIPVisionModel, with and without the model's name.
+    if let Some(rest) = name.strip_prefix("vision_model.") {
+        return Some(format!("vision.{rest}"));
+    }
+    if ["embeddings.", "pre_layrnorm.", "encoder.", "post_layernorm."]
+        .iter()
+        .any(|part| name.starts_with(part))
+    {
+        return Some(format!("vision.{name}"));
+    }
     if let Some(rest) = name.strip_prefix("multi_modal_projector.") {
         return Some(format!("projector.{rest}"));
+    }
+    if name == "image_newline" {
+        return Some(name.into());
+    }
+    if let Some(rest) = name.strip_prefix("mm_projector.") {
+        return canonical_mm_projector(rest);
     }
     let name = name.strip_prefix("language_model.").unwrap_or(name);
     let name = name.strip_prefix("model.").unwrap_or(name);
@@ -113,6 +182,16 @@ pub fn canonical(name: &str) -> Option<String> {
     }
     let lm = ["embed_tokens.", "layers.", "norm."].iter().any(|prefix| name.starts_with(prefix));
     lm.then(|| format!("lm.{name}"))
+}
+
+/// `2.bias` of the original's projector is `linear_2.bias`: between layers stand activations, which have a
+/// number and no weights. The only layer of a linear projector has no number.
+fn canonical_mm_projector(rest: &str) -> Option<String> {
+    let (layer, rest) = match rest.split_once('.') {
+        Some((index, rest)) => (index.parse::<u16>().ok()?, rest),
+        None => (0, rest),
+    };
+    layer.is_multiple_of(2).then(|| format!("projector.linear_{}.{rest}", layer / 2 + 1))
 }
 
 /// Whether `name` is a buffer that old savers wrote beside the weights and every model recomputes.
@@ -144,9 +223,12 @@ pub fn tensors(config: &ModelConfig) -> Vec<TensorSpec> {
         list.tower(vision);
     }
     if let Some(projector) = &config.projector {
-        let (input, hidden) = (projector.input_size, projector.hidden_size);
-        list.linear("projector.linear_1", hidden, input, projector.bias);
-        list.linear("projector.linear_2", hidden, hidden, projector.bias);
+        for (layer, input) in (1..).zip(projector.inputs()) {
+            list.linear(&format!("projector.linear_{layer}"), projector.hidden_size, input, projector.bias);
+        }
+    }
+    if config.tiling.as_ref().is_some_and(Tiling::has_newline) {
+        list.push("image_newline", &[config.text.hidden_size]);
     }
     list.language_model(&config.text);
     list.0

@@ -5,12 +5,12 @@
 //! into every vocabulary here, and so the image token has its id, 4, and not 32000 as in LLaVA-1.5.
 
 use super::config::ModelConfig;
-use super::names::{self, Layout};
+use super::names::{self, Layout, TensorSpec};
 use super::random::{self, Generator, Job, Progress};
 use super::weights::{Source, TensorInfo, Weights};
 use crate::error::{Error, Result};
 use crate::tensor::{DType, Storage};
-use memmap2::MmapMut;
+use memmap2::{MmapMut, MmapOptions};
 use serde_json::{Map, Value, json};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -33,6 +33,8 @@ struct Tower {
     layers: usize,
     heads: usize,
     image: usize,
+    /// Whether pictures are seen in tiles, as by LLaVA-1.6.
+    tiles: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,13 +47,15 @@ struct Llama {
     vocab: usize,
 }
 
-const VIT_L_336: Tower = Tower { width: 1024, ffn: 4096, layers: 24, heads: 16, image: 336 };
+const VIT_L_336: Tower = Tower { width: 1024, ffn: 4096, layers: 24, heads: 16, image: 336, tiles: false };
 const VICUNA_7B: Llama = Llama { width: 4096, ffn: 11008, layers: 32, heads: 32, kv_heads: 32, vocab: 32064 };
 const VICUNA_13B: Llama =
     Llama { width: 5120, ffn: 13824, layers: 40, heads: 40, kv_heads: 40, vocab: 32064 };
+const TINY_TOWER: Tower = Tower { width: 128, ffn: 256, layers: 2, heads: 2, image: 112, tiles: false };
+const TINY_LLAMA: Llama = Llama { width: 256, ffn: 512, layers: 2, heads: 2, kv_heads: 2, vocab: 640 };
 
 /// Every preset.
-pub const PRESETS: [Preset; 6] = [
+pub const PRESETS: [Preset; 8] = [
     Preset {
         name: "llava-1.5-7b",
         about: "LLaVA-1.5-7B: ViT-L/14-336 and Vicuna-7B, 14.1 GB in 16 bits",
@@ -63,6 +67,12 @@ pub const PRESETS: [Preset; 6] = [
         about: "LLaVA-1.5-13B: ViT-L/14-336 and Vicuna-13B, 26.7 GB in 16 bits",
         vision: Some(VIT_L_336),
         text: VICUNA_13B,
+    },
+    Preset {
+        name: "llava-1.6-7b",
+        about: "LLaVA-1.6 (NeXT) with Vicuna-7B: pictures in up to 4 tiles and the whole, 14.1 GB in 16 bits",
+        vision: Some(Tower { tiles: true, ..VIT_L_336 }),
+        text: VICUNA_7B,
     },
     Preset {
         name: "vicuna-7b",
@@ -79,8 +89,14 @@ pub const PRESETS: [Preset; 6] = [
     Preset {
         name: "llava-tiny",
         about: "2 layers with the head sizes of LLaVA-1.5, 64 image tokens, 4 MB in 16 bits",
-        vision: Some(Tower { width: 128, ffn: 256, layers: 2, heads: 2, image: 112 }),
-        text: Llama { width: 256, ffn: 512, layers: 2, heads: 2, kv_heads: 2, vocab: 640 },
+        vision: Some(TINY_TOWER),
+        text: TINY_LLAMA,
+    },
+    Preset {
+        name: "llava-next-tiny",
+        about: "the same with up to 4 tiles and the whole, 336 image tokens at most",
+        vision: Some(Tower { tiles: true, ..TINY_TOWER }),
+        text: TINY_LLAMA,
     },
     Preset {
         name: "llama-tiny",
@@ -121,7 +137,7 @@ impl Preset {
             "tie_word_embeddings": false,
             "torch_dtype": dtype,
         });
-        let config = match self.vision {
+        let mut config = match self.vision {
             None => llama,
             Some(tower) => json!({
                 "model_type": "llava",
@@ -145,10 +161,21 @@ impl Preset {
                 },
             }),
         };
+        if let Some(pinpoints) = self.pinpoints() {
+            config["model_type"] = "llava_next".into();
+            config["architectures"] = json!(["LlavaNextForConditionalGeneration"]);
+            config["image_grid_pinpoints"] = json!(pinpoints);
+        }
         match config {
             Value::Object(map) => map,
             _ => unreachable!("both arms are objects"),
         }
+    }
+
+    /// LLaVA-1.6's canvases, (height, width) in pixels, for a tower that sees tiles.
+    pub fn pinpoints(&self) -> Option<[[usize; 2]; 5]> {
+        let side = self.vision.filter(|tower| tower.tiles)?.image;
+        Some([[1, 2], [2, 1], [2, 2], [3, 1], [1, 3]].map(|tiles| tiles.map(|tiles| tiles * side)))
     }
 
     /// Its configuration.
@@ -173,24 +200,8 @@ impl Preset {
     /// made so far. The pages are not reserved: that [`Preset::bytes`] fit in memory is for the caller
     /// to see to.
     pub fn weights(&self, dtype: DType, seed: u64, threads: usize, progress: Progress) -> Result<Weights> {
-        let specs = names::tensors(&self.config(dtype)?);
-        let mut tensors = Vec::with_capacity(specs.len());
-        let mut end = 0;
-        for spec in &specs {
-            let bytes = spec.elements() * dtype.size();
-            tensors.push(TensorInfo {
-                name: self.layout().spell(&spec.name),
-                dtype: TensorInfo::dtype_name(dtype).into(),
-                shape: spec.shape.clone(),
-                offset: end,
-                bytes,
-                file: 0,
-            });
-            end += bytes;
-        }
-        // Ordinary pages, as a mapped file has them. Huge ones, made from memory full of
-        // page cache, took twice the system time of these.
-        let mut map = MmapMut::map_anon(end).map_err(|source| Error::io(self.origin(), source))?;
+        let (specs, tensors) = self.tensors(dtype)?;
+        let mut map = self.pages(&tensors)?;
         let mut rest = &mut map[..];
         let jobs = specs.iter().zip(&tensors).map(|(spec, tensor)| {
             let (bytes, tail) = std::mem::take(&mut rest).split_at_mut(tensor.bytes);
@@ -198,6 +209,45 @@ impl Preset {
             Job { generator: Generator::new(spec, dtype, seed), first: 0, bytes }
         });
         random::fill(jobs, threads, progress);
+        self.over(map, tensors)
+    }
+
+    /// The same tensors, all zero, on pages that nobody has written and that so take no memory: enough to
+    /// plan with a model that is larger than the machine.
+    pub fn blank_weights(&self, dtype: DType) -> Result<Weights> {
+        let (_, tensors) = self.tensors(dtype)?;
+        self.over(self.pages(&tensors)?, tensors)
+    }
+
+    /// What tensors there are, and where each lies.
+    fn tensors(&self, dtype: DType) -> Result<(Vec<TensorSpec>, Vec<TensorInfo>)> {
+        let specs = names::tensors(&self.config(dtype)?);
+        let mut end = 0;
+        let info = |spec: &TensorSpec| {
+            let (offset, bytes) = (end, spec.elements() * dtype.size());
+            end += bytes;
+            TensorInfo {
+                name: self.layout().spell(&spec.name),
+                dtype: TensorInfo::dtype_name(dtype).into(),
+                shape: spec.shape.clone(),
+                offset,
+                bytes,
+                file: 0,
+            }
+        };
+        let tensors = specs.iter().map(info).collect();
+        Ok((specs, tensors))
+    }
+
+    /// Pages for the tensors. Ordinary ones, as a mapped file has them: huge ones, made from memory full of
+    /// page cache, took twice the system time of these.
+    fn pages(&self, tensors: &[TensorInfo]) -> Result<MmapMut> {
+        let bytes = tensors.iter().map(|tensor| tensor.bytes).sum();
+        let map = MmapOptions::new().len(bytes).no_reserve_swap().map_anon();
+        map.map_err(|source| Error::io(self.origin(), source))
+    }
+
+    fn over(&self, map: MmapMut, tensors: Vec<TensorInfo>) -> Result<Weights> {
         let source = Source { path: self.origin(), storage: Arc::new(Storage::Anonymous(map)) };
         Weights::new(self.origin(), vec![source], tensors)
     }

@@ -1,7 +1,8 @@
-//! The projector: two linear layers with an exact-erf GELU between them turn patch features into
-//! token embeddings.
+//! The projector: linear layers with an exact-erf GELU between them turn patch features into token
+//! embeddings. LLaVA-1.5 has two layers, the first LLaVA one; none at all is the identity.
 
 use super::config::ProjectorConfig;
+use super::linear::linear;
 use super::weights::Weights;
 use crate::error::Result;
 use crate::graph::{GraphBuilder, ValueId};
@@ -18,17 +19,13 @@ pub fn projector(
     features: ValueId,
 ) -> Result<ValueId> {
     b.scope("projector.");
-    let bias = config.bias;
-    let layer = |name: &str, rows, cols| {
-        let mut operands = vec![weights.matrix(&format!("projector.{name}.weight"), rows, cols)?];
-        if bias {
-            operands.push(weights.vector(&format!("projector.{name}.bias"), rows)?);
-        }
-        Ok::<_, crate::Error>(operands)
-    };
-    let first = layer("linear_1", config.hidden_size, config.input_size)?;
-    let second = layer("linear_2", config.hidden_size, config.hidden_size)?;
-    let linear = |act| Op::Linear { act, bias, residual: false, wide: false };
-    let h = b.push("linear_1", linear(Activation::GeluErf), &[features], &first)?;
-    b.push("linear_2", linear(Activation::None), &[h], &second)
+    let (rows, bias) = (config.hidden_size, config.bias);
+    let mut x = features;
+    for (layer, cols) in (1..).zip(config.inputs()) {
+        let name = format!("linear_{layer}");
+        let act = if layer == config.layers { Activation::None } else { Activation::GeluErf };
+        let parts = [(format!("projector.{name}"), rows, cols)];
+        x = linear(b, weights, &name, Op::linear(act, bias, false), &[x], &parts)?;
+    }
+    Ok(x)
 }

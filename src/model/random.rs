@@ -37,7 +37,7 @@ impl Generator {
         let (center, std) = match spec.shape.len() {
             1 if name.ends_with(".weight") => (1.0, 0.1), // every norm
             1 if name.ends_with(".bias") => (0.0, 0.02),
-            _ if name.ends_with("class_embedding") => (0.0, 1.0),
+            _ if name.ends_with("class_embedding") || name == "image_newline" => (0.0, 1.0),
             _ if name.ends_with("embed_tokens.weight") || name.ends_with("position_embedding.weight") => {
                 (0.0, 1.0)
             }

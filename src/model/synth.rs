@@ -65,9 +65,9 @@ pub fn synth(preset: &Preset, dir: &Path, options: SynthOptions, progress: Progr
     let ends = json!({ "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3 });
     write_json(dir, "generation_config.json", &ends)?;
     if let Some(vision) = &config.vision {
-        write_json(dir, "preprocessor_config.json", &preprocessor(vision.image_size))?;
+        write_json(dir, "preprocessor_config.json", &preprocessor(preset, vision.image_size))?;
         let processor = json!({
-            "processor_class": "LlavaProcessor",
+            "processor_class": family(preset, "Processor"),
             "image_token": "<image>",
             "num_additional_image_tokens": 1,
             "patch_size": vision.patch_size,
@@ -149,10 +149,16 @@ fn header(preset: &Preset, specs: &[TensorSpec], dtype: DType) -> Vec<u8> {
 }
 
 /// CLIP's preprocessing for pictures of `size` pixels.
-fn preprocessor(size: usize) -> Value {
-    json!({
+/// The name of a class of transformers for the preset's family.
+fn family(preset: &Preset, class: &str) -> String {
+    let family = if preset.pinpoints().is_some() { "LlavaNext" } else { "Llava" };
+    format!("{family}{class}")
+}
+
+fn preprocessor(preset: &Preset, size: usize) -> Value {
+    let mut json = json!({
         "image_processor_type": "CLIPImageProcessor",
-        "processor_class": "LlavaProcessor",
+        "processor_class": family(preset, "Processor"),
         "do_convert_rgb": true,
         "do_resize": true,
         "size": { "shortest_edge": size },
@@ -164,7 +170,13 @@ fn preprocessor(size: usize) -> Value {
         "do_normalize": true,
         "image_mean": [0.48145466, 0.4578275, 0.40821073],
         "image_std": [0.26862954, 0.26130258, 0.27577711],
-    })
+    });
+    if let Some(pinpoints) = preset.pinpoints() {
+        json["image_processor_type"] = family(preset, "ImageProcessor").into();
+        json["image_grid_pinpoints"] = json!(pinpoints);
+        json["do_pad"] = true.into();
+    }
+    json
 }
 
 fn write_json(dir: &Path, name: &str, value: &Value) -> Result<()> {

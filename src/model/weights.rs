@@ -1,6 +1,8 @@
 //! A model's weights: a table of named tensors over the storages that hold their bytes. Whoever builds a
 //! graph asks for a tensor by its canonical name and the shape it must have.
 
+use super::checkpoint::LoadMode;
+use super::lora::{Adapter, Lora, LowRank, MAX_ADAPTERS};
 use super::names::{self, Layout};
 use crate::error::{Error, Result};
 use crate::tensor::{DType, Storage, Weight, WeightBytes};
@@ -19,6 +21,8 @@ pub struct Weights {
     tensors: Vec<TensorInfo>,
     /// Canonical name to index in `tensors`.
     canonical: HashMap<String, usize>,
+    /// What was added with [`Weights::adapt`], in that order.
+    adapters: Vec<Adapter>,
 }
 
 /// A file, or a preset, with its bytes.
@@ -78,7 +82,7 @@ impl Weights {
             }
         }
         let layout = Layout::detect(tensors.iter().map(|tensor| tensor.name.as_str()));
-        Ok(Weights { origin, layout, sources, tensors, canonical })
+        Ok(Weights { origin, layout, sources, tensors, canonical, adapters: Vec::new() })
     }
 
     /// The matrix `[rows, cols]` called `name`.
@@ -94,17 +98,21 @@ impl Weights {
     /// The tensor with the canonical name `name`, which must have this very shape. The first dimension
     /// becomes the rows, all others the columns; a vector becomes one row.
     pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<Weight> {
-        let spelt = || self.layout.spell(name);
-        let expected = || format!("F32, F16 or BF16 {shape:?}");
-        let Some(&index) = self.canonical.get(name) else {
-            let found = format!("no such tensor in {}{}", self.origin.display(), self.near(&spelt()));
-            return Err(Error::Tensor { name: spelt(), expected: expected(), found });
+        let Some(tensor) = self.find(name) else {
+            let spelt = self.layout.spell(name);
+            return Err(self.missing(&spelt, &spelt, &floats(shape)));
         };
-        let tensor = &self.tensors[index];
+        // A replacement has the shape of what it replaces.
+        let own = self.weight(tensor, shape)?;
+        Ok(self.adapters.iter().find_map(|adapter| adapter.replacement(name)).cloned().unwrap_or(own))
+    }
+
+    /// The bytes of one of these [`tensors`](Weights::tensors), which must have this very shape.
+    pub(super) fn weight(&self, tensor: &TensorInfo, shape: &[usize]) -> Result<Weight> {
         let Some(dtype) = tensor.weight_dtype().filter(|_| tensor.shape == shape) else {
             let file = self.file(tensor.file).display();
             let found = format!("{} {:?} in {file}", tensor.dtype, tensor.shape);
-            return Err(Error::Tensor { name: tensor.name.clone(), expected: expected(), found });
+            return Err(Error::Tensor { name: tensor.name.clone(), expected: floats(shape), found });
         };
         let (rows, cols) = match *shape {
             [] => (1, 1),
@@ -117,6 +125,75 @@ impl Weights {
             Error::checkpoint(self.file(tensor.file), format!("ends within `{}`", tensor.name))
         })?;
         Ok(Weight { name: tensor.name.clone(), dtype, rows, cols, bytes })
+    }
+
+    /// Whether there is any tensor whose canonical name begins with `part`, as `vision.`
+    pub fn has_part(&self, part: &str) -> bool {
+        self.canonical.keys().any(|name| name.starts_with(part))
+    }
+
+    /// These tensors, and those of `other` whose canonical names begin with `part`.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] if both have one of them.
+    pub fn with_part(self, part: &str, other: Weights) -> Result<Weights> {
+        let (mut sources, mut tensors) = (self.sources, self.tensors);
+        let taken =
+            |tensor: &TensorInfo| names::canonical(&tensor.name).is_some_and(|name| name.starts_with(part));
+        let first = sources.len();
+        let more = other.tensors.into_iter().filter(taken);
+        tensors.extend(more.map(|tensor| TensorInfo { file: tensor.file + first, ..tensor }));
+        sources.extend(other.sources);
+        Weights::new(self.origin, sources, tensors)
+    }
+
+    /// Lays an adapter beside these weights, which stay as they are. Several add up.
+    ///
+    /// # Errors
+    /// Those of [`Adapter::open`]; [`Error::Checkpoint`] if two adapters replace one tensor.
+    pub fn adapt(&mut self, lora: &Lora, mode: LoadMode) -> Result<()> {
+        let adapter = Adapter::open(lora, mode, self)?;
+        for name in adapter.replacements() {
+            if let Some(other) = self.adapters.iter().find(|other| other.replacement(name).is_some()) {
+                let (other, name) = (other.dir().display(), self.layout.spell(name));
+                let problem = format!("replaces `{name}`, as {other} does; use one of them");
+                return Err(Error::checkpoint(adapter.dir(), problem));
+            }
+        }
+        self.adapters.push(adapter);
+        Ok(())
+    }
+
+    /// Lays all of these adapters beside these weights.
+    ///
+    /// # Errors
+    /// As for [`adapt`](Weights::adapt); [`Error::Option`] if they are too many.
+    pub fn adapt_all(&mut self, adapters: &[Lora], mode: LoadMode) -> Result<()> {
+        if adapters.len() > MAX_ADAPTERS {
+            return Err(Error::option("--lora", format!("at most {MAX_ADAPTERS} adapters"), adapters.len()));
+        }
+        adapters.iter().try_for_each(|lora| self.adapt(lora, mode))
+    }
+
+    /// The adapters, in the order in which they were added.
+    pub fn adapters(&self) -> &[Adapter] {
+        &self.adapters
+    }
+
+    /// What the adapters add to the matrix with this canonical name.
+    pub fn pairs(&self, name: &str) -> impl Iterator<Item = &LowRank> {
+        self.adapters.iter().filter_map(move |adapter| adapter.pair(name))
+    }
+
+    /// The tensor with this canonical name.
+    pub(super) fn find(&self, name: &str) -> Option<&TensorInfo> {
+        self.canonical.get(name).map(|&index| &self.tensors[index])
+    }
+
+    /// An error about `tensor`, for which a tensor spelt `wanted` should be here.
+    pub(super) fn missing(&self, tensor: &str, wanted: &str, expected: &str) -> Error {
+        let found = format!("no such tensor in {}{}", self.origin.display(), self.near(wanted));
+        Error::Tensor { name: tensor.into(), expected: expected.into(), found }
     }
 
     /// Whether there is a tensor with this canonical name.
@@ -163,4 +240,9 @@ impl Weights {
             count => format!("; the nearest are `{}`", names[..count].join("`, `")),
         }
     }
+}
+
+/// What a tensor of this shape must be.
+fn floats(shape: &[usize]) -> String {
+    format!("F32, F16 or BF16 {shape:?}")
 }

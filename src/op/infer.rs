@@ -1,6 +1,6 @@
 //! The shape rules, one arm for each op: what operands must look like, and what comes out.
 
-use super::{Op, Outs, PAGE, SAMPLE_PARAMS, Select, WeightType};
+use super::{MAX_PAIRS, Op, Outs, PAGE, Pair, SAMPLE_PARAMS, Select, WeightType};
 use crate::error::{Error, Result};
 use crate::tensor::{DType, Rows, TensorType};
 
@@ -49,16 +49,16 @@ impl Check<'_> {
                 self.weight(0, 1, self.ins[0].cols)?;
                 Ok(vec![self.ins[0], self.ins[0]])
             }
-            Op::Linear { bias, residual, wide, .. } => {
-                let matrices = self.matrices(bias, 1 + residual as usize)?;
+            Op::Linear { bias, residual, wide, ref pairs, .. } => {
+                let matrices = self.matrices(bias, 1 + residual as usize, pairs)?;
                 let (rows, cols) = (self.ins[0].rows, matrices.iter().map(|w| w.rows).sum());
                 if residual {
                     self.input(1, rows, cols)?;
                 }
                 Ok(vec![if wide { TensorType::f32(rows, cols) } else { self.float(rows, cols) }])
             }
-            Op::GatedLinear { bias } => {
-                let matrices = self.matrices(bias, 1)?;
+            Op::GatedLinear { bias, ref pairs } => {
+                let matrices = self.matrices(bias, 1, pairs)?;
                 self.ensure(matrices.len() == 2, "two matrices", || matrices.len().to_string())?;
                 self.weight(1, matrices[0].rows, matrices[0].cols)?;
                 Ok(vec![self.float(self.ins[0].rows, matrices[0].rows)])
@@ -101,8 +101,16 @@ impl Check<'_> {
                 let rows = self.ins[0].rows;
                 self.typed(0, TensorType::i32(rows, 1))?;
                 self.typed(1, TensorType::i32(rows, 1))?;
-                self.input(2, rows, self.weights[0].cols)?;
-                Ok(vec![self.ins[2]])
+                self.input(2, self.ins[2].rows, self.weights[0].cols)?;
+                Ok(vec![TensorType { rows, ..self.ins[2] }])
+            }
+            Op::EmbedTokens => {
+                self.count(1, 2)?;
+                let (positions, cols) = (self.weights[1].rows, self.weights[0].cols);
+                let rows = Rows::PerImage(positions);
+                self.typed(0, TensorType::i32(rows, 1))?;
+                self.weight(1, positions, cols)?;
+                Ok(vec![self.float(rows, cols)])
             }
             Op::SelectRows { select } => self.select(select),
             Op::Sample => {
@@ -148,19 +156,29 @@ impl Check<'_> {
         }
     }
 
-    /// The matrices of a linear op, after checking them and their biases.
-    fn matrices(&self, bias: bool, ins: usize) -> Result<&[WeightType]> {
-        let n = if bias { self.weights.len() / 2 } else { self.weights.len() };
-        let weights = if bias { 2 * n } else { n };
+    /// The matrices of a linear op, after checking them, their biases and their pairs.
+    fn matrices(&self, bias: bool, ins: usize, pairs: &[Pair]) -> Result<&[WeightType]> {
+        let (n, own) = Op::matrices(self.weights.len(), bias, pairs);
         self.ensure(n > 0, "at least one matrix", || format!("{} weights", self.weights.len()))?;
-        self.count(ins, weights)?;
+        self.count(ins, if bias { 2 * n } else { n } + 2 * pairs.len())?;
         self.activation(0)?;
-        let (matrices, biases) = self.weights.split_at(n);
+        let matrices = &self.weights[..n];
         for (i, matrix) in matrices.iter().enumerate() {
             self.weight(i, matrix.rows, self.ins[0].cols)?;
+            if bias {
+                self.weight(n + i, 1, matrix.rows)?;
+            }
         }
-        for (i, _) in biases.iter().enumerate() {
-            self.weight(n + i, 1, matrices[i].rows)?;
+        self.ensure(pairs.len() <= MAX_PAIRS, &format!("at most {MAX_PAIRS} low-rank pairs"), || {
+            pairs.len().to_string()
+        })?;
+        let ordered = pairs.is_sorted_by_key(|pair| pair.matrix) && pairs.iter().all(|p| p.matrix < n);
+        self.ensure(ordered, &format!("pairs in the order of {n} matrices"), || format!("{pairs:?}"))?;
+        for (p, pair) in pairs.iter().enumerate() {
+            let rank = self.weights[own + 2 * p].rows;
+            self.ensure(rank > 0, "a rank of at least 1", || rank.to_string())?;
+            self.weight(own + 2 * p, rank, self.ins[0].cols)?;
+            self.weight(own + 2 * p + 1, matrices[pair.matrix].rows, rank)?;
         }
         Ok(matrices)
     }

@@ -7,11 +7,13 @@ use super::sampling::log_probs;
 use super::sequence::{EncodedImage, Sequence};
 use super::session::Session;
 use super::size::SessionOptions;
+use super::vision::{Encoded, Pixels};
 use crate::error::{Error, Result};
 use crate::graph::Control;
-use crate::input::image::{DecodeOptions, Picture, decode, pixels_sha256};
+use crate::input::image::{Picture, Tiles, pixels_sha256};
 use crate::input::prompt::{Prompt, StopStrings, TextStream};
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 /// A picture that was decoded and encoded once; clones are cheap, and it serves any number of requests.
@@ -33,19 +35,39 @@ pub struct Image {
     /// How long each stage took.
     pub timings: ImageTimings,
     /// What a dump needs, if the engine was asked to keep it.
-    pub kept: Option<Kept>,
+    pub kept: Option<Arc<Kept>>,
+}
+
+/// A picture that was decoded and waits to be encoded: its size, and so the length of a prompt about it, is
+/// known.
+#[derive(Clone, Debug)]
+pub struct Decoded {
+    /// The name it was given, for messages.
+    pub name: String,
+    /// Its pixels, upright.
+    pub picture: Picture,
+    /// How long it took.
+    pub time: Duration,
+}
+
+/// What is known of an encoded picture for as long as somebody holds its rows.
+#[derive(Debug)]
+struct Known {
+    encoded: Weak<EncodedImage>,
+    pixels_sha256: String,
+    kept: Option<Arc<Kept>>,
 }
 
 /// The intermediates of one picture.
 #[derive(Debug)]
 pub struct Kept {
-    /// Normalised pixels `[3, S, S]`.
+    /// Normalised pixels `[squares, 3, S, S]`.
     pub pixels: Vec<f32>,
-    /// The selected hidden state `[rows, D]`, class row included.
+    /// The squares that the picture is seen in: 1 without tiles.
+    pub squares: usize,
+    /// The selected hidden states `[squares, rows, D]`, class rows included.
     pub hidden: Vec<f32>,
-    /// Rows of `hidden`.
-    pub hidden_rows: usize,
-    /// Rows after the projector `[rows, D]`.
+    /// The picture's rows in the prompt `[rows, D]`.
     pub features: Vec<f32>,
 }
 
@@ -68,6 +90,8 @@ pub struct ImageTimings {
 pub struct Engine {
     session: Session,
     last: Option<Sequence>,
+    /// Pictures by digest.
+    known: HashMap<[u8; 32], Known>,
     /// Whether [`Engine::image`] keeps intermediates for a dump.
     pub keep_intermediates: bool,
     /// Watches and stops what the engine is doing, from any thread.
@@ -88,7 +112,13 @@ impl Engine {
 
     /// An engine over a session.
     pub fn new(session: Session) -> Self {
-        Engine { session, last: None, keep_intermediates: false, control: Control::default() }
+        Engine {
+            session,
+            last: None,
+            known: HashMap::new(),
+            keep_intermediates: false,
+            control: Control::default(),
+        }
     }
 
     /// The session.
@@ -106,17 +136,19 @@ impl Engine {
         self.session.model()
     }
 
-    /// Decodes and encodes a picture. `name` is for messages only.
+    /// Forgets what the last request has cached, so that the next one begins from nothing.
+    pub fn forget(&mut self) {
+        self.last = None;
+    }
+
+    /// Decodes and encodes a picture. `name` is for messages only. One that was encoded before, and that
+    /// somebody still holds, is not encoded again.
     ///
     /// # Errors
     /// [`Error::Image`]; [`Error::Prompt`] for a text model; [`Error::NonFinite`]; [`Error::Cancelled`].
     pub fn image(&mut self, name: &str, bytes: &[u8]) -> Result<ImageHandle> {
-        let model = self.model().clone();
-        model.preprocess()?;
-        let start = Instant::now();
-        let options = DecodeOptions { exif_orientation: model.exif_orientation() };
-        let picture = decode(name, bytes, &options)?;
-        self.encode(name, &picture, start.elapsed())
+        let decoded = self.decode(name, bytes)?;
+        self.encode(&decoded)
     }
 
     /// Encodes a picture that was decoded elsewhere.
@@ -124,49 +156,117 @@ impl Engine {
     /// # Errors
     /// As for [`image`](Engine::image).
     pub fn picture(&mut self, name: &str, picture: &Picture) -> Result<ImageHandle> {
-        self.encode(name, picture, Duration::ZERO)
+        self.look(name, picture, Duration::ZERO)
     }
 
-    fn encode(&mut self, name: &str, picture: &Picture, decode: Duration) -> Result<ImageHandle> {
+    /// The first half of [`image`](Engine::image): what needs no device.
+    ///
+    /// # Errors
+    /// [`Error::Image`]; [`Error::Prompt`] for a text model.
+    pub fn decode(&self, name: &str, bytes: &[u8]) -> Result<Decoded> {
+        let start = Instant::now();
+        let picture = self.model().decode(name, bytes)?;
+        Ok(Decoded { name: name.into(), picture, time: start.elapsed() })
+    }
+
+    /// The second half of [`image`](Engine::image).
+    ///
+    /// # Errors
+    /// As for [`image`](Engine::image).
+    pub fn encode(&mut self, decoded: &Decoded) -> Result<ImageHandle> {
+        self.look(&decoded.name, &decoded.picture, decoded.time)
+    }
+
+    fn look(&mut self, name: &str, picture: &Picture, decode: Duration) -> Result<ImageHandle> {
+        let start = Instant::now();
+        let digest = self.model().preprocess()?.digest(picture);
+        let mut timings = ImageTimings { decode, preprocess: start.elapsed(), ..Default::default() };
+        let (encoded, pixels_sha256, kept) = match self.recall(&digest) {
+            Some(known) => known,
+            None => self.see(picture, digest, &mut timings)?,
+        };
+        let (name, width, height) = (name.into(), picture.width, picture.height);
+        Ok(Arc::new(Image { name, width, height, pixels_sha256, encoded, timings, kept }))
+    }
+
+    /// A picture that was encoded before, unless it lacks what is to be kept now.
+    fn recall(&self, digest: &[u8; 32]) -> Option<(Arc<EncodedImage>, String, Option<Arc<Kept>>)> {
+        let known = self.known.get(digest)?;
+        let enough = known.kept.is_some() || !self.keep_intermediates;
+        let encoded = known.encoded.upgrade().filter(|_| enough)?;
+        Some((encoded, known.pixels_sha256.clone(), known.kept.clone()))
+    }
+
+    /// Preprocesses and encodes a picture, and remembers it.
+    fn see(
+        &mut self,
+        picture: &Picture,
+        digest: [u8; 32],
+        timings: &mut ImageTimings,
+    ) -> Result<(Arc<EncodedImage>, String, Option<Arc<Kept>>)> {
         let start = Instant::now();
         let model = self.model().clone();
-        let processor = model.preprocess()?;
-        let side = processor.side();
-        let mut pixels = vec![0f32; 3 * side * side];
-        processor.pixels(picture, &mut pixels)?;
-        let digest = processor.digest(picture);
-        let preprocess = start.elapsed();
+        let values = model.preprocess()?.pixels(picture)?;
+        let tiles = model.config().tiling.as_ref().map(|t| t.tiles(picture.width, picture.height));
+        let order = tiles.as_ref().map(Tiles::order);
+        let squares = tiles.map_or(1, |tiles| tiles.squares());
+        timings.preprocess += start.elapsed();
 
-        self.control.begin(self.session.vision().map_or(0, |vision| vision.graph().nodes.len()));
-        let (encoded, [vision, projector]) = self.session.encode(&pixels, digest, &self.control)?;
-        let pixels_sha256 = pixels_sha256(&pixels);
-        let kept = self.keep_intermediates.then(|| self.keep(pixels, &encoded)).transpose()?;
-        Ok(Arc::new(Image {
-            name: name.into(),
-            width: picture.width,
-            height: picture.height,
-            pixels_sha256,
-            encoded: Arc::new(encoded),
-            timings: ImageTimings { decode, preprocess, vision, projector },
-            kept,
-        }))
+        let (order, keep_hidden) = (order.as_deref(), self.keep_intermediates);
+        let pixels = Pixels { values: &values, order, digest, keep_hidden };
+        self.control.begin(self.session.vision_nodes(squares));
+        let Encoded { image, tower, projector, hidden } = self.session.encode(pixels, &self.control)?;
+        (timings.vision, timings.projector) = (tower, projector);
+
+        let pixels_sha256 = pixels_sha256(&values);
+        let kept = match self.keep_intermediates {
+            true => {
+                let features = self.session.image_rows(&image)?;
+                Some(Arc::new(Kept { pixels: values, squares, hidden, features }))
+            }
+            false => None,
+        };
+        let encoded = Arc::new(image);
+        let known = Known {
+            encoded: Arc::downgrade(&encoded),
+            pixels_sha256: pixels_sha256.clone(),
+            kept: kept.clone(),
+        };
+        self.known.retain(|_, known| known.encoded.strong_count() > 0);
+        self.known.insert(digest, known);
+        Ok((encoded, pixels_sha256, kept))
     }
 
-    fn keep(&self, pixels: Vec<f32>, encoded: &EncodedImage) -> Result<Kept> {
-        let (hidden_rows, hidden) = self.session.vision_hidden()?.unwrap_or_default();
-        Ok(Kept { pixels, hidden, hidden_rows, features: self.session.image_rows(encoded)? })
-    }
-
-    /// The ids of a prompt, pictures expanded: its length is known before any work is done.
+    /// The ids of a prompt, pictures expanded.
     ///
     /// # Errors
     /// [`Error::Prompt`] or [`Error::Template`].
     pub fn prompt(&self, input: &Input, images: &[ImageHandle]) -> Result<Prompt> {
-        let rows: Vec<usize> = images.iter().map(|image| image.encoded.len).collect();
+        self.prompt_about(input, &sizes(images))
+    }
+
+    /// The ids of a prompt about pictures of these sizes, (width, height), none of which need have been
+    /// encoded: its length is known before any work is done.
+    ///
+    /// # Errors
+    /// As for [`prompt`](Engine::prompt).
+    pub fn prompt_about(&self, input: &Input, sizes: &[(usize, usize)]) -> Result<Prompt> {
+        let config = self.model().config();
+        let rows: Vec<_> = sizes.iter().map(|&(width, height)| config.image_tokens(width, height)).collect();
         match input {
             Input::Chat(messages) => self.model().prompter().conversation(messages, &rows),
             Input::Raw(text) => self.model().prompter().raw(text, &rows),
         }
+    }
+
+    /// Whether [`generate`](Engine::generate) would take the request, its pictures being of these sizes
+    /// whatever `request.images` holds: what to ask before pictures are encoded.
+    ///
+    /// # Errors
+    /// Those of `generate` before any work.
+    pub fn admit(&self, request: &Request, sizes: &[(usize, usize)]) -> Result<()> {
+        let prompt = self.prompt_about(&request.input, sizes)?;
+        self.max_tokens(request, prompt.ids.len()).map(drop)
     }
 
     /// Answers a request. `on_text` is given the text piece by piece as it becomes certain; together
@@ -182,7 +282,7 @@ impl Engine {
         let model = self.model().clone();
         let mut text = TextOut {
             stream: TextStream::new(model.prompter().tokenizer()),
-            stop: StopStrings::new(&request.stop)?,
+            stop: StopStrings::new(&self.stop_words(request))?,
             stopped: false,
             text: String::new(),
             on_text: &mut on_text,
@@ -322,6 +422,15 @@ impl Engine {
         Ok(sequence)
     }
 
+    /// What ends the answer: the request's words, and those of the chat template.
+    fn stop_words(&self, request: &Request) -> Vec<String> {
+        let mut words = request.stop.clone();
+        if let Input::Chat(_) = request.input {
+            words.extend(self.model().prompter().stop_words().map(String::from));
+        }
+        words
+    }
+
     /// How many tokens the answer may have.
     fn max_tokens(&self, request: &Request, prompt: usize) -> Result<usize> {
         let room = self.session.context().saturating_sub(prompt);
@@ -338,6 +447,10 @@ impl Engine {
         }
         Ok(())
     }
+}
+
+fn sizes(images: &[ImageHandle]) -> Vec<(usize, usize)> {
+    images.iter().map(|image| (image.width, image.height)).collect()
 }
 
 impl TokenLogProb {

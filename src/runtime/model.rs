@@ -6,13 +6,15 @@ use crate::backend::cpu::physical_memory;
 use crate::error::{Error, Result};
 use crate::folder::Folder;
 use crate::graph::Graph;
-use crate::input::image::{ImageMode, Preprocess};
+use crate::input::image::{DecodeOptions, ImageMode, Picture, Preprocess, Tiling, decode};
 use crate::input::prompt::{ChatTemplate, Prompter};
 use crate::model::checkpoint::LoadMode;
-use crate::model::config::{GenerationConfig, ModelConfig};
-use crate::model::json;
+use crate::model::config::{ClipConfig, GenerationConfig, ModelConfig, Reference, check_processor_tiling};
+use crate::model::json::{self, Section};
 use crate::model::llama::Llama;
 use crate::model::llava::{self, Language, Vision};
+use crate::model::lora::Lora;
+use crate::model::parts::{Parts, TowerSearch};
 use crate::model::preset::Preset;
 use crate::model::weights::{TensorInfo, Weights};
 use crate::tensor::DType;
@@ -57,13 +59,27 @@ impl Source {
     }
 
     /// The same, or an error for a directory that is not there: most likely a name misspelt.
-    fn existing_folder(&self) -> Result<Folder> {
+    pub(super) fn existing_folder(&self) -> Result<Folder> {
         match self {
             Source::Directory(dir) if !dir.is_dir() => Err(Error::checkpoint(
                 dir,
                 "is not a directory; a model is `demo`, `preset:NAME` or a checkpoint directory",
             )),
             source => Ok(source.folder()),
+        }
+    }
+
+    /// Whether this is a CLIP by itself, as far as its `config.json` says: a model for
+    /// [`Clip`](super::Clip), not for [`Model`].
+    ///
+    /// # Errors
+    /// A `config.json` that is missing or malformed.
+    pub fn is_clip(&self) -> Result<bool> {
+        match self {
+            Source::Demo | Source::Preset(_) => Ok(false),
+            Source::Directory(_) => {
+                Ok(ClipConfig::is_clip(&json::read_object(&self.existing_folder()?, "config.json")?))
+            }
         }
     }
 
@@ -99,14 +115,26 @@ pub struct LoadOptions {
     pub device: DeviceOptions,
     /// Threads of the CPU backend; `None` takes one for each core.
     pub threads: Option<usize>,
+    /// Where the vision tower of an original LLaVA is.
+    pub tower: TowerSearch,
     /// A chat template by name or file, instead of the checkpoint's own.
     pub template: Option<String>,
-    /// Crop or pad, instead of what the checkpoint says.
+    /// Crop or pad, instead of what the checkpoint says. A model that sees tiles then sees one square and
+    /// nothing else, as the original code does with `image_aspect_ratio` square or pad: fewer tokens, less
+    /// to read small print from.
     pub image_mode: Option<ImageMode>,
+    /// Whose code to agree with where transformers and the original differ, instead of what the
+    /// checkpoint's layout says.
+    pub reference: Option<Reference>,
     /// The dtype of a preset's weights.
     pub preset_dtype: DType,
+    /// Whether a preset's weights are drawn. Without, they are zero and take no memory, so that a model
+    /// larger than the machine can be described.
+    pub preset_values: bool,
     /// The seed of a preset's weights.
     pub preset_seed: u64,
+    /// Adapters that are laid beside the weights; several add up.
+    pub lora: Vec<Lora>,
     /// Told how many bytes of a preset's weights are made, and how many there will be.
     pub progress: Option<Progress>,
 }
@@ -127,10 +155,14 @@ impl Default for LoadOptions {
             load_mode: LoadMode::Mmap,
             device: DeviceOptions::default(),
             threads: None,
+            tower: TowerSearch::default(),
             template: None,
             image_mode: None,
+            reference: None,
             preset_dtype: DType::F16,
+            preset_values: true,
             preset_seed: 0,
+            lora: Vec::new(),
             progress: None,
         }
     }
@@ -144,6 +176,8 @@ pub struct Model {
     prompter: Prompter,
     preprocess: Option<Preprocess>,
     weights: Weights,
+    reference: Reference,
+    tower: Option<Folder>,
     backend: Arc<dyn Backend>,
     vision: Option<Vision>,
     language: Language,
@@ -165,50 +199,43 @@ impl Model {
     /// # Errors
     /// As for [`load`](Model::load).
     pub fn load_on(backend: Arc<dyn Backend>, source: &Source, options: &LoadOptions) -> Result<Self> {
-        let folder = source.existing_folder()?;
-        let (config, generation, weights) = match source {
+        let parts = Parts::find(&source.existing_folder()?, &options.tower)?;
+        let (mut config, mut generation, mut weights) = match source {
             Source::Preset(preset) => {
                 let config = preset.config(options.preset_dtype)?;
-                let generation = GenerationConfig {
-                    eos_token_ids: config.text.eos_token_ids.clone(),
-                    ..Default::default()
-                };
-                let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
-                let total = preset.bytes(options.preset_dtype)?;
-                let available = physical_memory();
-                if available > 0 && total > available {
-                    return Err(Error::Memory {
-                        what: format!("the weights of {source}"),
-                        needed: total,
-                        available,
-                        remedy: "; a checkpoint directory is mapped and needs less, see `tessera synth`"
-                            .into(),
-                    });
-                }
-                let progress = |done| options.progress.iter().for_each(|p| p.0(done, total));
-                let weights =
-                    preset.weights(options.preset_dtype, options.preset_seed, threads, &progress)?;
-                (config, generation, weights)
+                let eos_token_ids = config.text.eos_token_ids.clone();
+                let generation = GenerationConfig { eos_token_ids, ..Default::default() };
+                (config, generation, preset_weights(preset, options)?)
             }
             Source::Demo | Source::Directory(_) => {
-                let config = ModelConfig::load(&folder)?;
-                let generation = GenerationConfig::load(&folder, &config.text)?;
-                (config, generation, Weights::open(&folder, options.load_mode)?)
+                let config = parts.config()?;
+                let generation = GenerationConfig::load(parts.folder(), &config.text)?;
+                (config, generation, parts.weights(options.load_mode)?)
             }
         };
+        weights.adapt_all(&options.lora, options.load_mode)?;
         check_fit(&*backend, source, &weights)?;
+        leave_tiles_out(&mut config, options.image_mode);
         let vision = llava::vision(&*backend, &config, &weights)?;
         let language = llava::language(&*backend, &config, &weights)?;
-        let mut preprocess = preprocess_of(source, &config)?;
-        if let (Some(processor), Some(mode)) = (&mut preprocess, options.image_mode) {
-            processor.mode = mode;
+        let preprocess = preprocess_of(source, &parts, &config, options)?;
+        let prompter = prompter_of(&parts, &config, options)?;
+        if let Some(stop) = prompter.stop_token().filter(|stop| !generation.eos_token_ids.contains(stop)) {
+            generation.eos_token_ids.push(stop);
         }
-        let mut prompter = Prompter::load(&folder, config.text.vocab_size, config.image_token_id)?;
-        if let Some(template) = &options.template {
-            prompter = prompter.with_template(ChatTemplate::named(template, &folder)?);
-        }
-        let name = source.to_string();
-        Ok(Model { name, config, generation, prompter, preprocess, weights, backend, vision, language })
+        Ok(Model {
+            name: source.to_string(),
+            reference: options.reference.unwrap_or(config.reference),
+            tower: parts.tower().cloned(),
+            config,
+            generation,
+            prompter,
+            preprocess,
+            weights,
+            backend,
+            vision,
+            language,
+        })
     }
 
     /// What the model was called when it was loaded.
@@ -241,9 +268,34 @@ impl Model {
             .ok_or_else(|| Error::Prompt(format!("{} is a text model; it takes no pictures", self.name)))
     }
 
-    /// Whether pictures are turned as their EXIF orientation says, as Hugging Face's loader does.
-    pub fn exif_orientation(&self) -> bool {
-        true
+    /// A picture's upright RGB pixels. `name` is for messages only.
+    ///
+    /// # Errors
+    /// [`Error::Image`]; [`Error::Prompt`] for a text model.
+    pub fn decode(&self, name: &str, bytes: &[u8]) -> Result<Picture> {
+        self.preprocess()?;
+        decode(name, bytes, &self.decode_options())
+    }
+
+    /// Whose code this model agrees with where transformers and the original LLaVA differ.
+    pub fn reference(&self) -> Reference {
+        self.reference
+    }
+
+    /// How the bytes of a picture are read.
+    pub fn decode_options(&self) -> DecodeOptions {
+        decode_options(self.reference)
+    }
+
+    /// Whether a repetition penalty counts the ids of the prompt, as in transformers. The original gives its
+    /// prompt as embeddings, so that only ids of the answer are seen.
+    pub fn penalises_prompt(&self) -> bool {
+        self.reference == Reference::Transformers
+    }
+
+    /// The folder of the vision tower, if it is apart from the model's.
+    pub fn tower_folder(&self) -> Option<&Folder> {
+        self.tower.as_ref()
     }
 
     /// The tensors.
@@ -277,11 +329,56 @@ impl Model {
     }
 }
 
+/// Random weights, unless they are more than the machine's memory.
+fn preset_weights(preset: &Preset, options: &LoadOptions) -> Result<Weights> {
+    if !options.preset_values {
+        return preset.blank_weights(options.preset_dtype);
+    }
+    let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
+    let total = preset.bytes(options.preset_dtype)?;
+    let available = physical_memory();
+    if available > 0 && total > available {
+        return Err(Error::Memory {
+            what: format!("the weights of preset:{}", preset.name),
+            needed: total,
+            available,
+            remedy: "; `tessera inspect` describes it without making it".into(),
+        });
+    }
+    let progress = |done| options.progress.iter().for_each(|p| p.0(done, total));
+    preset.weights(options.preset_dtype, options.preset_seed, threads, &progress)
+}
+
+/// Tokenizer and template, as the checkpoint or the options have it.
+fn prompter_of(parts: &Parts, config: &ModelConfig, options: &LoadOptions) -> Result<Prompter> {
+    let (folder, vocab) = (parts.folder(), config.text.vocab_size);
+    let mut prompter = match config.reference {
+        Reference::Transformers => Prompter::load(folder, vocab, config.image_token_id)?,
+        Reference::Original => Prompter::load_original(folder, vocab, &parts.name(), config.picture_tokens)?,
+    };
+    if options.reference == Some(Reference::Original) {
+        prompter = prompter.cut_at_pictures();
+    }
+    Ok(match &options.template {
+        Some(template) => prompter.with_template(ChatTemplate::named(template, folder)?),
+        None => prompter,
+    })
+}
+
+/// How the bytes of a picture are read by the code that is agreed with: transformers turns it upright and
+/// paints a transparent colour white, the original does neither.
+fn decode_options(reference: Reference) -> DecodeOptions {
+    let transformers = reference == Reference::Transformers;
+    DecodeOptions { exif_orientation: transformers, whiten_transparent: transformers }
+}
+
 /// The dtype that a model's weights are in, as far as it says.
 fn stored_dtype(source: &Source, options: &LoadOptions) -> Result<Option<DType>> {
     match source {
         Source::Preset(_) => Ok(Some(options.preset_dtype)),
-        Source::Demo | Source::Directory(_) => Ok(ModelConfig::load(&source.existing_folder()?)?.dtype),
+        Source::Demo | Source::Directory(_) => {
+            Ok(Parts::find(&source.existing_folder()?, &options.tower)?.config()?.dtype)
+        }
     }
 }
 
@@ -300,43 +397,91 @@ fn check_fit(backend: &dyn Backend, source: &Source, weights: &Weights) -> Resul
     Ok(())
 }
 
-/// How pictures become pixels for a model that is not loaded: only its configuration files are read.
+/// How the bytes of pictures are read and become pixels for a model that is not loaded, and its configuration:
+/// only configuration files are read.
 ///
 /// # Errors
 /// As for [`Model::load`]; [`Error::Prompt`] for a text model.
-pub fn load_preprocess(source: &Source) -> Result<Preprocess> {
-    let config = match source {
+pub fn load_preprocess(
+    source: &Source,
+    options: &LoadOptions,
+) -> Result<(DecodeOptions, Preprocess, ModelConfig)> {
+    let parts = Parts::find(&source.existing_folder()?, &options.tower)?;
+    let mut config = match source {
         Source::Preset(preset) => preset.config(DType::F16)?,
-        Source::Demo | Source::Directory(_) => ModelConfig::load(&source.existing_folder()?)?,
+        Source::Demo | Source::Directory(_) => parts.config()?,
     };
-    preprocess_of(source, &config)?
-        .ok_or_else(|| Error::Prompt(format!("{source} is a text model; it takes no pictures")))
+    leave_tiles_out(&mut config, options.image_mode);
+    let processor = preprocess_of(source, &parts, &config, options)?
+        .ok_or_else(|| Error::Prompt(format!("{source} is a text model; it takes no pictures")))?;
+    Ok((decode_options(options.reference.unwrap_or(config.reference)), processor, config))
 }
 
-/// How pictures become pixels; `None` for a text model.
+/// Crop and pad are ways of making one square.
+fn leave_tiles_out(config: &mut ModelConfig, mode: Option<ImageMode>) {
+    if mode.is_some() {
+        config.tiling = None;
+    }
+}
+
+/// How pictures become pixels; `None` for a text model. The original code takes its tower's settings.
 ///
 /// # Errors
 /// A configuration that cannot be used, or one whose pixels would not fit the tower.
-fn preprocess_of(source: &Source, config: &ModelConfig) -> Result<Option<Preprocess>> {
+fn preprocess_of(
+    source: &Source,
+    parts: &Parts,
+    config: &ModelConfig,
+    options: &LoadOptions,
+) -> Result<Option<Preprocess>> {
     let Some(vision) = &config.vision else { return Ok(None) };
-    const FILE: &str = "preprocessor_config.json";
-    let folder = source.folder();
-    let processor = match source {
-        Source::Preset(_) => None,
-        Source::Demo | Source::Directory(_) => json::find_object(&folder, FILE)?,
+    let mut processor = match source {
+        Source::Preset(_) => Preprocess::clip(vision.image_size),
+        Source::Demo | Source::Directory(_) => {
+            let folders = parts.tower().into_iter().chain([parts.folder()]);
+            preprocess_for(folders, vision.image_size, config.tiling.as_ref())?
+        }
     };
-    let file = folder.path(FILE);
-    let processor = match processor {
-        None => Preprocess::clip(vision.image_size),
-        Some(map) => Preprocess::from_json(&file, &map.into())?,
-    };
-    if processor.side() != vision.image_size {
-        return Err(Error::Config {
-            file,
-            key: "crop_size".into(),
-            expected: format!("{}, the image_size of the vision tower", vision.image_size),
-            found: processor.side().to_string(),
-        });
+    match (config.reference, options.reference) {
+        (Reference::Original, None | Some(Reference::Original)) if config.pads => {
+            processor.mode = ImageMode::Pad
+        }
+        // LLaVA-1.5 was published with `image_aspect_ratio: pad`; transformers crops it.
+        (Reference::Transformers, Some(Reference::Original)) => processor.mode = ImageMode::Pad,
+        _ => {}
     }
+    processor.mode = options.image_mode.unwrap_or(processor.mode);
+    processor.tiling = config.tiling.clone();
     Ok(Some(processor))
+}
+
+/// How pictures become pixels for a tower that reads squares of `image_size`, as the first of `folders` that
+/// says so has it. It must cut the tiles of `tiling`, if there are any.
+///
+/// # Errors
+/// A configuration that cannot be used, or one whose pixels would not fit the tower.
+pub(super) fn preprocess_for<'a>(
+    folders: impl IntoIterator<Item = &'a Folder>,
+    image_size: usize,
+    tiling: Option<&Tiling>,
+) -> Result<Preprocess> {
+    const FILE: &str = "preprocessor_config.json";
+    for folder in folders {
+        let Some(map) = json::find_object(folder, FILE)? else { continue };
+        let file = folder.path(FILE);
+        if let Some(tiling) = tiling {
+            check_processor_tiling(&Section::root(&file, &map), tiling)?;
+        }
+        let processor = Preprocess::from_json(&file, &map.into())?;
+        if processor.side() != image_size {
+            return Err(Error::Config {
+                file,
+                key: "crop_size".into(),
+                expected: format!("{image_size}, the image_size of the vision tower"),
+                found: processor.side().to_string(),
+            });
+        }
+        return Ok(processor);
+    }
+    Ok(Preprocess::clip(image_size))
 }

@@ -1,14 +1,15 @@
 //! A sequence: the ids of a prompt and of the answer so far, the pictures among them, and the pages
 //! that hold the keys and values of those already processed.
 
+use super::model::Model;
 use super::pages::{PageAllocator, PageTable};
 use super::sampling::Sampling;
 use crate::backend::Buffer;
+use std::fmt;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 /// A picture after vision tower and projector: rows that take the place of token embeddings.
-#[derive(Debug)]
 pub struct EncodedImage {
     /// `[rows, D]` of the device's dtype, on the device.
     pub rows: Buffer,
@@ -16,6 +17,14 @@ pub struct EncodedImage {
     pub len: usize,
     /// SHA-256 of the decoded pixels, their geometry and the preprocessing: the picture's identity.
     pub digest: [u8; 32],
+    /// The model that made the rows: another, or the same with another adapter, would make others.
+    pub(super) model: Weak<Model>,
+}
+
+impl fmt::Debug for EncodedImage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "EncodedImage({} rows)", self.len)
+    }
 }
 
 /// The page allocator of a session, shared with the sequences that must give their pages back.

@@ -4,26 +4,27 @@
 //! runs the language graph once. It allocates nothing: rows are staged in vectors of fixed capacity.
 
 use super::batch::{Advance, Staging};
-use super::kv::{KvPool, page_bytes};
+use super::kv::KvPool;
 use super::model::Model;
 use super::pages::PageAllocator;
 use super::sampling::Sampling;
 use super::sequence::{EncodedImage, Sequence, SharedPages};
-use super::size::{MemoryPlan, SessionOptions, limits};
+use super::size::{MemoryPlan, SessionOptions, SessionPlan};
+use super::vision::{Encoded, Encoder, Pixels};
 use crate::backend::Buffer;
+use crate::backend::cpu::physical_memory;
 use crate::error::{Error, Result};
-use crate::graph::{Control, Executor, Plan};
+use crate::graph::{Control, Executor};
 use crate::model::llama::Llama;
-use crate::tensor::Bindings;
+use crate::op::KvExtent;
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 /// What a running model writes to.
 pub struct Session {
     model: Arc<Model>,
     language: Executor,
-    vision: Option<Executor>,
+    vision: Option<Encoder>,
     kv: KvPool,
     pages: SharedPages,
     plan: MemoryPlan,
@@ -39,23 +40,15 @@ impl Session {
     /// # Errors
     /// An option out of range, or [`Error::Memory`] with the plan's numbers when it does not fit.
     pub fn new(model: Arc<Model>, options: SessionOptions) -> Result<Self> {
-        let config = &model.config().text;
-        let backend = model.backend();
-        let max = limits(config, &options, backend.dtype())?;
-
-        let language_plan = Plan::new(model.language(), &**backend, max);
-        let one_image = Bindings { images: 1, ..Bindings::default() };
-        let vision_plan = model.vision().map(|v| Plan::new(&v.graph, &**backend, one_image));
-        let arena_bytes = language_plan.bytes.max(vision_plan.as_ref().map_or(0, |p| p.bytes));
-        let plan = MemoryPlan {
-            weights: model.weight_bytes(),
-            kv: (max.pages * page_bytes(config, backend.dtype())) as u64,
-            arena: arena_bytes as u64,
-            pages: max.pages,
-            context: max.context,
-        };
-
-        let arena = Arc::new(backend.alloc("activations", arena_bytes)?);
+        let SessionPlan { language: language_plan, vision: vision_plan, memory } =
+            SessionPlan::new(&model, &options)?;
+        let (config, backend, max) = (&model.config().text, model.backend(), language_plan.max);
+        match backend.available()? {
+            None => memory.check(physical_memory())?,
+            // Its weights are there already.
+            Some(free) => MemoryPlan { weights: 0, ..memory }.check(free)?,
+        }
+        let arena = Arc::new(backend.alloc("activations", memory.arena as usize)?);
         let kv = KvPool::new(backend.clone(), config, max.pages)?;
         let rope = rope_table(&model, max.context)?;
         let mut states = vec![rope.addr];
@@ -65,10 +58,11 @@ impl Session {
         let vision = model
             .vision()
             .zip(vision_plan)
-            .map(|(v, plan)| Executor::new(v.graph.clone(), backend.clone(), plan, arena.clone(), &[]));
+            .map(|(v, plan)| Encoder::new(model.clone(), v.clone(), plan, arena.clone()))
+            .transpose()?;
         let pages = SharedPages::new(PageAllocator::new(max.pages));
         let staging = Staging::with_capacity(&max, options.max_sequences);
-        Ok(Session { model, language, vision, kv, pages, plan, options, staging, _rope: rope })
+        Ok(Session { model, language, vision, kv, pages, plan: memory, options, staging, _rope: rope })
     }
 
     /// The model.
@@ -108,7 +102,7 @@ impl Session {
 
     /// The executor of the vision graph, for inspection.
     pub fn vision(&self) -> Option<&Executor> {
-        self.vision.as_ref()
+        self.vision.as_ref().map(Encoder::executor)
     }
 
     /// A new sequence of `ids`, in which each of `images` takes the place of a range of placeholders.
@@ -139,13 +133,12 @@ impl Session {
             )));
         }
         let mut end = 0;
-        let row_bytes = self.model.config().text.hidden_size * self.model.backend().dtype().size();
         for (range, image) in &images {
-            if image.rows.bytes != image.len * row_bytes {
-                return Err(Error::Prompt(format!(
-                    "an image was encoded by another model: its {} rows have {} bytes, expected {row_bytes} each",
-                    image.len, image.rows.bytes
-                )));
+            if !std::ptr::eq(image.model.as_ptr(), Arc::as_ptr(&self.model)) {
+                return Err(Error::Prompt(
+                    "an image was encoded by another model, or with other adapters; encode it with this one"
+                        .into(),
+                ));
             }
             if range.start < end || range.end > ids.len() || range.len() != image.len {
                 return Err(Error::Prompt(format!(
@@ -167,6 +160,9 @@ impl Session {
         };
         for &id in ids {
             sequence.push(id);
+        }
+        if !self.model.penalises_prompt() {
+            sequence.seen.fill(0);
         }
         Ok(sequence)
     }
@@ -191,54 +187,23 @@ impl Session {
         }
     }
 
-    /// Runs the vision tower and the projector on normalised pixels `[3*S*S]`, and tells how long each took.
+    /// Runs the vision tower and the projector on a picture.
     ///
     /// # Errors
     /// [`Error::Cancelled`]; [`Error::NonFinite`]; [`Error::Prompt`] if the model has no vision tower.
     ///
     /// # Panics
-    /// If `pixels` is not as long as the tower's input.
-    pub fn encode(
-        &mut self,
-        pixels: &[f32],
-        digest: [u8; 32],
-        control: &Control,
-    ) -> Result<(EncodedImage, [Duration; 2])> {
-        let (Some(vision), Some(part)) = (&mut self.vision, self.model.vision()) else {
-            return Err(Error::Prompt(format!("{} is a text model; it takes no images", self.model.name())));
-        };
-        let bindings = Bindings { images: 1, ..Bindings::default() };
-        assert_eq!(pixels.len(), vision.view(part.pixels, &bindings).len(), "pixels");
-        vision.write(part.pixels, pixels)?;
-        let start = Instant::now();
-        // SAFETY: the vision graph has no index inputs and no states; `&mut self` keeps the arena ours.
-        unsafe { vision.run_nodes(0..part.projector, &bindings, control)? };
-        let tower = start.elapsed();
-        // SAFETY: as above.
-        unsafe { vision.run_nodes(part.projector..part.graph.nodes.len(), &bindings, control)? };
-        let projector = start.elapsed() - tower;
-        let view = vision.view(part.features, &bindings);
-        let rows = self.model.backend().alloc("an image's rows", view.bytes())?;
-        if vision.read_floats(part.features, &bindings)?.iter().any(|x| !x.is_finite()) {
-            // SAFETY: as above.
-            let node = unsafe { vision.first_non_finite(&bindings)? };
-            return Err(non_finite(0, node));
+    /// If the pixels are not as many as the tower reads, or their order does not fit them.
+    pub fn encode(&mut self, pixels: Pixels<'_>, control: &Control) -> Result<Encoded> {
+        match &mut self.vision {
+            Some(vision) => vision.encode(pixels, control),
+            None => Err(Error::Prompt(format!("{} is a text model; it takes no images", self.model.name()))),
         }
-        // SAFETY: `rows` was just allocated with the size of `view`, which lies in the arena.
-        unsafe { self.model.backend().copy(view.addr, rows.addr, view.bytes())? };
-        Ok((EncodedImage { rows, len: view.rows, digest }, [tower, projector]))
     }
 
-    /// The selected hidden state of the last [`encode`](Session::encode), class row included: its rows
-    /// and its values, row after row. To be read before any other step. `None` for a text model.
-    ///
-    /// # Errors
-    /// [`Error::Device`].
-    pub fn vision_hidden(&self) -> Result<Option<(usize, Vec<f32>)>> {
-        let bindings = Bindings { images: 1, ..Bindings::default() };
-        let (Some(vision), Some(part)) = (&self.vision, self.model.vision()) else { return Ok(None) };
-        let rows = vision.view(part.hidden, &bindings).rows;
-        Ok(Some((rows, vision.read_floats(part.hidden, &bindings)?)))
+    /// Nodes that run for a picture of so many squares, for progress.
+    pub fn vision_nodes(&self, squares: usize) -> usize {
+        self.vision.as_ref().map_or(0, |vision| vision.nodes(squares))
     }
 
     /// The rows of an encoded image, for dumps.
@@ -316,6 +281,14 @@ impl Session {
         self.kv.fill(value)
     }
 
+    /// Writes down when nodes run, so many of each graph; 0 stops it. See [`Executor::spans`].
+    pub fn record(&mut self, capacity: usize) {
+        self.language.record(capacity);
+        if let Some(vision) = &mut self.vision {
+            vision.record(capacity);
+        }
+    }
+
     fn llama(&self) -> &Llama {
         self.model.llama()
     }
@@ -368,6 +341,12 @@ impl Session {
     fn run(&mut self, batch: &[Advance<'_>], control: &Control) -> Result<()> {
         let bindings = self.staging.bindings;
         let llama = self.model.llama().clone();
+        let mut kv = KvExtent::default();
+        for a in batch {
+            let extent = KvExtent::of(a.sequence.table.len() - a.tokens, a.tokens);
+            kv = KvExtent { pairs: kv.pairs + extent.pairs, rows: kv.rows + extent.rows };
+        }
+        self.language.set_kv_extent(kv);
         // SAFETY: ids are inside the vocabulary (`Sequence::push` asserts it), sources and
         // selections are rows of this step, slots and tables come from the allocator of this KV pool and
         // positions are inside the context (`admit`); `&mut self` keeps arena and pool ours.
@@ -384,7 +363,8 @@ impl Session {
     }
 }
 
-fn non_finite(position: usize, node: Option<String>) -> Error {
+/// An error about a step that made NaN or infinity, first in `node`.
+pub(super) fn non_finite(position: usize, node: Option<String>) -> Error {
     let node = node.unwrap_or_else(|| "unknown: it did not happen again".into());
     let hint = "; the checkpoint may hold NaN or infinite weights".to_string();
     Error::NonFinite { position, node, hint }

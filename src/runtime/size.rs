@@ -1,7 +1,10 @@
 //! How large a session is, and where its bytes go.
 
 use super::kv::page_bytes;
+use super::model::Model;
+use super::vision;
 use crate::error::{Error, Result};
+use crate::graph::Plan;
 use crate::model::config::TextConfig;
 use crate::op::PAGE;
 use crate::tensor::{Bindings, DType};
@@ -17,6 +20,9 @@ pub struct SessionOptions {
     pub prefill_chunk: usize,
     /// Most sequences of one step.
     pub max_sequences: usize,
+    /// Most squares, pictures or tiles of one, that pass through the vision tower together. More go in
+    /// several runs, to the same bits.
+    pub vision_batch: usize,
     /// Makes room for the logits of every row of a step; without it, for as many rows as sequences.
     pub all_logits: bool,
 }
@@ -28,6 +34,7 @@ impl Default for SessionOptions {
             kv_memory: None,
             prefill_chunk: 1024,
             max_sequences: 8,
+            vision_batch: 8,
             all_logits: false,
         }
     }
@@ -42,6 +49,10 @@ pub struct MemoryPlan {
     pub kv: u64,
     /// Inputs, intermediates and workspace of the larger of the two graphs.
     pub arena: u64,
+    /// What the vision graph needs of the arena, for as many squares as it reads together.
+    pub vision_arena: u64,
+    /// The projected squares of a picture, in a model that sees tiles.
+    pub squares: u64,
     /// Pages in the pool.
     pub pages: usize,
     /// Most positions of one sequence.
@@ -51,12 +62,73 @@ pub struct MemoryPlan {
 impl MemoryPlan {
     /// All of it.
     pub fn total(&self) -> u64 {
-        self.weights + self.kv + self.arena
+        self.weights + self.kv + self.arena + self.squares
+    }
+
+    /// Refuses a plan for more than `available` bytes of memory; 0 stands for not known. Weights count although
+    /// they are mapped: every step reads all of them, from the disk if they do not stay in memory.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] with the numbers.
+    pub fn check(&self, available: u64) -> Result<()> {
+        let needed = self.total();
+        if available == 0 || needed <= available {
+            return Ok(());
+        }
+        let MemoryPlan { weights, kv, arena, context, .. } = self;
+        let remedy = match *weights > available {
+            true => "; take a machine with more, or a smaller model",
+            false => "; lower --context, --kv-memory or --prefill-chunk",
+        };
+        Err(Error::Memory {
+            what: format!(
+                "{weights} bytes of weights, the KV cache of {kv} bytes (context {context}) and {arena} of activations"
+            ),
+            needed,
+            available,
+            remedy: remedy.into(),
+        })
+    }
+}
+
+/// A session before anything is allocated for it.
+#[derive(Clone, Debug)]
+pub struct SessionPlan {
+    /// Where the language graph's values lie.
+    pub language: Plan,
+    /// Where the vision graph's values lie, unless this is a text model.
+    pub vision: Option<Plan>,
+    /// Where the bytes go.
+    pub memory: MemoryPlan,
+}
+
+impl SessionPlan {
+    /// Plans a session for `model`.
+    ///
+    /// # Errors
+    /// [`Error::Option`] for an option out of range.
+    pub fn new(model: &Model, options: &SessionOptions) -> Result<Self> {
+        let config = &model.config().text;
+        let backend = &**model.backend();
+        let max = limits(config, options, backend.dtype())?;
+        let language = Plan::new(model.language(), backend, max);
+        let vision = model.vision().map(|v| vision::plan(model, v, options)).transpose()?;
+        let vision_arena = vision.as_ref().map_or(0, |plan| plan.bytes);
+        let memory = MemoryPlan {
+            weights: model.weight_bytes(),
+            kv: (max.pages * page_bytes(config, backend.dtype())) as u64,
+            arena: language.bytes.max(vision_arena) as u64,
+            vision_arena: vision_arena as u64,
+            squares: model.vision().map_or(0, vision::squares_bytes) as u64,
+            pages: max.pages,
+            context: max.context,
+        };
+        Ok(SessionPlan { language, vision, memory })
     }
 }
 
 /// The largest step of a session whose KV cache is of `dtype`.
-pub(super) fn limits(config: &TextConfig, options: &SessionOptions, dtype: DType) -> Result<Bindings> {
+fn limits(config: &TextConfig, options: &SessionOptions, dtype: DType) -> Result<Bindings> {
     let page_bytes = page_bytes(config, dtype);
     let context = options.context.unwrap_or(config.max_positions.min(DEFAULT_CONTEXT));
     if context == 0 || context > config.max_positions {
@@ -102,3 +174,31 @@ const MAX_SEQUENCES: usize = 4096;
 
 /// Slots are i32.
 const MAX_PAGES: usize = i32::MAX as usize / PAGE;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_plan_that_does_not_fit_is_refused_with_its_numbers() {
+        // LLaVA-1.5-13B with a cache of f32 and a context of 4096.
+        let plan = MemoryPlan {
+            vision_arena: 0,
+            squares: 0,
+            weights: 26_677_602_304,
+            kv: 6_710_886_400,
+            arena: 300 << 20,
+            pages: 256,
+            context: 4096,
+        };
+        assert!(plan.check(plan.total()).is_ok() && plan.check(0).is_ok());
+        for (available, remedy) in [(plan.total() - 1, "lower --context"), (24 << 30, "a smaller model")] {
+            let error = plan.check(available).unwrap_err().to_string();
+            let needed = plan.total().to_string();
+            for part in ["26677602304", "6710886400", "context 4096", &needed, &available.to_string(), remedy]
+            {
+                assert!(error.contains(part), "{part}: {error}");
+            }
+        }
+    }
+}

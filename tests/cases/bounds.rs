@@ -12,7 +12,11 @@ fn bound(case: &Case, device: DType, y: f64, mass: f64) -> f64 {
     let cols = case.ins[0].cols as f64;
     let roundings = match case.op {
         // A dot product of K terms, bias, activation (a few ulp), residual.
-        Op::Linear { .. } | Op::GatedLinear { .. } => case.weights[0][1] as f64 + 8.0,
+        // With pairs the sum is longer by their ranks; each product in it is of a sum of K terms, scaled.
+        Op::Linear { .. } | Op::GatedLinear { .. } => {
+            let ranks: usize = pairs(case).map(|(rank, _)| rank + 1).sum();
+            case.weights[0][1] as f64 + ranks as f64 + 8.0
+        }
         Op::PatchEmbed { .. } => case.weights[0][1] as f64 + 4.0,
         // Mean and variance of n terms, a square root, a division, two products.
         Op::LayerNorm { .. } | Op::RmsNorm { .. } | Op::AddRmsNorm { .. } | Op::L2Normalize => cols + 8.0,
@@ -22,6 +26,7 @@ fn bound(case: &Case, device: DType, y: f64, mass: f64) -> f64 {
             2.0 * head_dim as f64 + (case.past + case.bindings.tokens) as f64 + 16.0
         }
         Op::RopeAppend { .. } => 3.0,
+        Op::EmbedTokens => 1.0,
         Op::EmbedRows | Op::SelectRows { .. } | Op::Sample => 0.0,
     };
     // Tensor cores cut the sums they keep in f32, where others round them: a whole unit, not half of one.
@@ -53,7 +58,8 @@ fn rounding_to(device: DType, case: &Case, y: f64, mass: f64) -> f64 {
         | Op::LayerNorm { .. }
         | Op::RmsNorm { .. }
         | Op::L2Normalize
-        | Op::RopeAppend { .. } => 0.0,
+        | Op::RopeAppend { .. }
+        | Op::EmbedTokens => 0.0,
     };
     unit * (y.abs() + inner) + smallest
 }
@@ -62,10 +68,14 @@ fn rounding_to(device: DType, case: &Case, y: f64, mass: f64) -> f64 {
 fn masses(case: &Case, exact: &[f64]) -> Vec<f64> {
     match case.op {
         // A product of two sums: the error of one is multiplied by the other.
-        Op::GatedLinear { .. } => vec![(case.weights[0][1] as f64 + 1.0).powi(2) / 9.0; exact.len()],
+        Op::GatedLinear { .. } => {
+            let pairs: f64 = pairs(case).map(|(_, mass)| mass).sum();
+            vec![((case.weights[0][1] as f64 + 1.0) / 3.0 + pairs).powi(2); exact.len()]
+        }
         Op::Linear { .. } | Op::PatchEmbed { .. } => {
             // |x| and |w| are 1/2 on average; 0.6 leaves room for chance in short sums.
-            vec![case.weights[0][1] as f64 * 0.6 * 0.6 + 3.0; exact.len()]
+            let pairs: f64 = pairs(case).map(|(_, mass)| mass).sum();
+            vec![case.weights[0][1] as f64 * 0.6 * 0.6 + pairs + 3.0; exact.len()]
         }
         // Values lie within 1, and scores within sqrt(E).
         Op::Attention { head_dim, .. } | Op::PagedAttention { head_dim, .. } => {
@@ -74,8 +84,20 @@ fn masses(case: &Case, exact: &[f64]) -> Vec<f64> {
         Op::LayerNorm { .. } => vec![4.0; exact.len()],
         Op::RmsNorm { .. } | Op::AddRmsNorm { .. } | Op::L2Normalize => vec![1.0; exact.len()],
         Op::RopeAppend { .. } => vec![2.0; exact.len()],
+        Op::EmbedTokens => vec![2.0; exact.len()],
         Op::EmbedRows | Op::SelectRows { .. } | Op::Sample => vec![0.0; exact.len()],
     }
+}
+
+/// Of each low-rank pair its rank, and the size of what is summed to make its part of a result: r products of
+/// a sum of K, all factors within 1 and 0.6 on average as above.
+fn pairs(case: &Case) -> impl Iterator<Item = (usize, f64)> {
+    let pairs = case.op.pairs();
+    let own = case.weights.len() - 2 * pairs.len();
+    pairs.iter().enumerate().map(move |(p, pair)| {
+        let [rank, k] = case.weights[own + 2 * p];
+        (rank, pair.scale.abs() as f64 * 0.6f64.powi(3) * (rank * k) as f64)
+    })
 }
 
 /// The worst share of its bound that any element uses.

@@ -9,11 +9,15 @@
 
 pub mod bounds;
 #[allow(dead_code, reason = "each test program uses a part")]
+mod pairs;
+#[allow(dead_code, reason = "each test program uses a part")]
 pub mod sampling;
 #[allow(dead_code, reason = "each test program uses a part")]
 pub mod sequences;
 mod table;
 
+#[allow(unused_imports, reason = "each test program uses a part")]
+pub use pairs::pairs;
 #[allow(unused_imports, reason = "each test program uses a part")]
 pub use table::{all, attention, edges, gated, linear, paged_attention, patch_embed};
 
@@ -116,8 +120,12 @@ impl Case {
         // Devices keep vectors, and the few rows of class and positions, in f32.
         let matrix = match self.op {
             Op::PatchEmbed { .. } => i == 0,
-            // A matrix may have one row.
-            Op::Linear { bias, .. } | Op::GatedLinear { bias } => !bias || i < self.weights.len() / 2,
+            Op::Linear { bias, ref pairs, .. } | Op::GatedLinear { bias, ref pairs } => {
+                let (matrices, own) = Op::matrices(self.weights.len(), bias, pairs);
+                i < matrices || i >= own
+            }
+            // Its table is gathered from, though it be a single newline.
+            Op::EmbedRows => true,
             _ => rows > 1,
         };
         let values: Vec<f32> = (0..rows * cols)
@@ -150,11 +158,16 @@ impl Case {
                 ins[2].fill(0);
                 ins[3].copy_from_slice(&table[..self.bindings.table_entries]);
             }
+            Op::EmbedTokens => {
+                let vocab = self.weights[0][0];
+                ins[0].iter_mut().for_each(|id| *id = random.below(vocab) as u32);
+            }
             Op::EmbedRows => {
                 let vocab = self.weights[0][0];
                 ins[0].iter_mut().for_each(|id| *id = random.below(vocab) as u32);
-                for (row, source) in ins[1].iter_mut().enumerate() {
-                    *source = if random.below(2) == 0 { u32::MAX } else { row as u32 };
+                let image_rows = ins[2].len() / self.weights[0][1];
+                for source in &mut ins[1] {
+                    *source = if random.below(2) == 0 { u32::MAX } else { random.below(image_rows) as u32 };
                 }
             }
             Op::SelectRows { select: Select::Index } => {

@@ -30,14 +30,22 @@ pub fn linear(
     weights.extend(ns.iter().filter(|_| bias).map(|&n| [1, n]));
     let mut ins = vec![f32s(Rows::Tokens, k)];
     ins.extend(residual.then(|| f32s(Rows::Tokens, ns.iter().sum())));
-    Case { dtype, ..case(Op::Linear { act, bias, residual, wide: false }, ins, weights, tokens(m)) }
+    Case { dtype, ..case(Op::linear(act, bias, residual), ins, weights, tokens(m)) }
 }
 
 /// `silu(x · Wgᵀ) ⊙ (x · Wuᵀ)`.
 pub fn gated(m: usize, n: usize, k: usize, dtype: DType, bias: bool) -> Case {
     let mut weights = vec![[n, k]; 2];
     weights.extend(vec![[1, n]; if bias { 2 } else { 0 }]);
-    Case { dtype, ..case(Op::GatedLinear { bias }, vec![f32s(Rows::Tokens, k)], weights, tokens(m)) }
+    let op = Op::GatedLinear { bias, pairs: vec![] };
+    Case { dtype, ..case(op, vec![f32s(Rows::Tokens, k)], weights, tokens(m)) }
+}
+
+/// Token rows and positions of `texts` texts of `rows` tokens.
+pub fn embed_tokens(texts: usize, rows: usize, vocab: usize, cols: usize, dtype: DType) -> Case {
+    let bindings = Bindings { images: texts, ..Bindings::default() };
+    let ids = TensorType::i32(Rows::PerImage(rows), 1);
+    Case { dtype, ..case(Op::EmbedTokens, vec![ids], vec![[vocab, cols], [rows, cols]], bindings) }
 }
 
 /// Images of side `image` in patches of side `patch`, to `width` features.
@@ -167,7 +175,8 @@ pub fn edges() -> Vec<Case> {
 }
 
 /// Logits: f32 on every device.
-const WIDE: Op = Op::Linear { act: Activation::None, bias: false, residual: false, wide: true };
+const WIDE: Op =
+    Op::Linear { act: Activation::None, bias: false, residual: false, wide: true, pairs: Vec::new() };
 
 /// Every case of the tests: rows 1 to a few, odd and prime, tails of every kind.
 pub fn all() -> Vec<Case> {
@@ -185,6 +194,10 @@ pub fn all() -> Vec<Case> {
             cases.push(gated(m, 21, 77, dtype, false));
             cases.push(gated(m, 40, 64, dtype, true));
         }
+    }
+    for dtype in dtypes {
+        cases.push(embed_tokens(1, 5, 9, 17, dtype));
+        cases.push(embed_tokens(3, 7, 50, 64, dtype));
     }
     // One case with the reduction length of a real model's widest layer.
     cases.push(linear(6, &[20], 11008, DType::F16, Activation::None, false, false));
@@ -231,8 +244,11 @@ pub fn all() -> Vec<Case> {
     for (rows, cols) in [(1, 8), (5, 19), (12, 64)] {
         let index = TensorType::i32(Rows::Tokens, 1);
         for dtype in dtypes {
-            let ins = vec![index, index, f32s(Rows::Tokens, cols)];
-            cases.push(Case { dtype, ..case(Op::EmbedRows, ins, vec![[23, cols]], tokens(rows)) });
+            // A language model's table and as many image rows as tokens; a newline and the rows of tiles.
+            for (table, image_rows) in [(23, Rows::Tokens), (1, Rows::Fixed(31))] {
+                let ins = vec![index, index, f32s(image_rows, cols)];
+                cases.push(Case { dtype, ..case(Op::EmbedRows, ins, vec![[table, cols]], tokens(rows)) });
+            }
         }
         let select = |select| Op::SelectRows { select };
         let ins = vec![f32s(Rows::Tokens, cols), TensorType::i32(Rows::Outputs, 1)];

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 from PIL import Image, ImageDraw
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers.image_utils import load_image
 
 
@@ -89,10 +89,12 @@ def added_tokens_decoder(tokenizer, tokens):
     return {str(tokenizer.token_to_id(t)): {"content": t, **flags} for t in tokens}
 
 
-def write_llama_tokenizer(folder, size, corpus=CORPUS, legacy=False, byte_fallback=True):
+def write_llama_tokenizer(folder, size, corpus=CORPUS, legacy=False, byte_fallback=True, added=("<image>", "<pad>"),
+                          keep_model=False):
     """Llama and Vicuna style: BPE merges taken from a SentencePiece model, byte fallback, `<s>` put first.
 
     `legacy` puts a `▁` before every stretch of text (as the first Llama tokenizers do), otherwise only before the first.
+    `added` are special tokens behind the model's own. `keep_model` writes tokenizer.model, the SentencePiece model, too.
     Returns the ids that configs and weights need."""
     blob = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -118,20 +120,24 @@ def write_llama_tokenizer(folder, size, corpus=CORPUS, legacy=False, byte_fallba
         tk.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)
     tk.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
                                     decoders.Strip(content=" ", left=1)])
-    specials = ["<unk>", "<s>", "</s>", "<image>", "<pad>"]
+    specials = ["<unk>", "<s>", "</s>", *added]
     tk.add_special_tokens([special(t) for t in specials])
     tk.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B:1", special_tokens=[("<s>", 1)])
     tk.save(f"{folder}/tokenizer.json")
+    if keep_model:
+        Path(f"{folder}/tokenizer.model").write_bytes(blob.getvalue())
+    pad_token = "<pad>" if "<pad>" in added else "<unk>"
     write_json(f"{folder}/tokenizer_config.json", {
         "add_bos_token": True, "add_eos_token": False, "added_tokens_decoder": added_tokens_decoder(tk, specials),
         "bos_token": "<s>", "clean_up_tokenization_spaces": False, "eos_token": "</s>", "legacy": legacy,
-        "model_max_length": 2048 if legacy else 1000000000000000019884624838656, "pad_token": "<pad>",
+        "model_max_length": 2048 if legacy else 1000000000000000019884624838656, "pad_token": pad_token,
         "padding_side": "left", "sp_model_kwargs": {}, "tokenizer_class": "LlamaTokenizer", "unk_token": "<unk>",
         "use_default_system_prompt": False, "processor_class": "LlavaProcessor"})
     write_json(f"{folder}/special_tokens_map.json",
-               {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"})
-    image, pad = tk.token_to_id("<image>"), tk.token_to_id("<pad>")
-    return {"size": tk.get_vocab_size(), "image": image, "pad": pad, "eos": 2, "quiet": {0, 1, image, pad},
+               {"bos_token": "<s>", "eos_token": "</s>", "pad_token": pad_token, "unk_token": "<unk>"})
+    image, pad = tk.token_to_id("<image>"), tk.token_to_id(pad_token)
+    quiet = {0, 1, *(tk.token_to_id(t) for t in added)}
+    return {"size": tk.get_vocab_size(), "image": image, "pad": pad, "eos": 2, "quiet": quiet,
             "bytes": [i for i in range(size) if sp.is_byte(i)]}
 
 
@@ -179,10 +185,42 @@ def write_chatml_tokenizer(folder, size, template):
     return {"size": size, "image": None, "pad": 2, "eos": 2, "quiet": {0, 1}, "bytes": []}
 
 
+LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+                r"\s*[\r\n]+|\s+(?!\S)|\s+")
+
+
+def write_llama3_tokenizer(folder, size):
+    """Llama 3 style: byte-level BPE behind a split of its own, BOS put first, two tokens that end a text."""
+    names = ["begin_of_text", "end_of_text", "start_header_id", "end_header_id", "eot_id"]
+    specials = [f"<|{name}|>" for name in names] + ["<image>", "<pad>"]
+    pre = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated"),
+                                   pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    pieces = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = learn_merges(CORPUS.split("\n"), pre, pieces, size - len(pieces) - len(specials))
+    pieces += [a + b for a, b in merges]
+    tk = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(pieces)}, merges=merges, ignore_merges=True))
+    tk.pre_tokenizer, tk.decoder = pre, decoders.ByteLevel()
+    tk.add_special_tokens([special(t) for t in specials])
+    begin, end, _, _, turn, image, pad = [tk.token_to_id(t) for t in specials]
+    tk.post_processor = processors.TemplateProcessing(single="<|begin_of_text|> $A",
+                                                      special_tokens=[("<|begin_of_text|>", begin)])
+    tk.save(f"{folder}/tokenizer.json")
+    write_json(f"{folder}/tokenizer_config.json", {
+        "added_tokens_decoder": added_tokens_decoder(tk, specials), "bos_token": specials[0],
+        "clean_up_tokenization_spaces": True, "eos_token": specials[4], "model_max_length": 8192, "pad_token": "<pad>",
+        "padding_side": "left", "tokenizer_class": "PreTrainedTokenizerFast", "unk_token": None,
+        "processor_class": "LlavaNextProcessor"})
+    quiet = {tk.token_to_id(t) for t in specials} - {end, turn}
+    return {"size": size, "image": image, "pad": pad, "eos": [end, turn], "quiet": quiet, "bytes": []}
+
+
 # ---------------------------------------------------------------- chat templates, as published checkpoints carry them
 
 VICUNA = "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}{# Render all images first #}{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}{# Render all text next #}{% if message['role'] != 'assistant' %}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' '}}{% endfor %}{% else %}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{% generation %}{{ content['text'] + ' '}}{% endgeneration %}{% endfor %}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 CHATML = "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+
+MISTRAL = "{% for message in messages %}{% if message['role'] == 'system' %}{{ '<<SYS>>\n' + message['content'][0]['text'] + '\n<</SYS>>\n\n' }}{% elif message['role'] == 'user' %}{{ '[INST] ' }}{# Render all images first #}{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}{# Render all text next #}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] }}{% endfor %}{{' [/INST]' }}{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'][0]['text'] + '</s> '}}{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
+LLAMA3 = "{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] }}{% endfor %}{{ '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 
 
 def user(text, images=0):

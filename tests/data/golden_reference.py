@@ -1,5 +1,6 @@
 """Weights of the goldens, and what Hugging Face transformers makes of them: float32, eager attention, on the CPU."""
 
+import hashlib
 import json
 import math
 import struct
@@ -8,15 +9,23 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
-from transformers import AutoConfig, LlamaForCausalLM, LlavaForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import (AutoConfig, LlamaForCausalLM, LlavaForConditionalGeneration,
+                          LlavaNextForConditionalGeneration, PreTrainedTokenizerFast)
 from transformers.image_utils import load_image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llama import modeling_llama
 from transformers.models.llava.processing_llava import LlavaProcessor
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
+from transformers.models.mistral import modeling_mistral
 
 from golden_inputs import write_json
 
-CLASSES = {"llava": LlavaForConditionalGeneration, "llama": LlamaForCausalLM}
+CLASSES = {"llava": LlavaForConditionalGeneration, "llava_next": LlavaNextForConditionalGeneration,
+           "llama": LlamaForCausalLM}
+PROCESSORS = {"llava": (CLIPImageProcessorPil, LlavaProcessor),
+              "llava_next": (LlavaNextImageProcessorPil, LlavaNextProcessor)}
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -50,7 +59,9 @@ def use_true_float64():
         angle = torch.cat((angle, angle), -1)
         return angle.cos(), angle.sin()
 
-    modeling_llama.LlamaRMSNorm.forward, modeling_llama.LlamaRotaryEmbedding.forward = norm, rope
+    for norm_class, rope_class in [(modeling_llama.LlamaRMSNorm, modeling_llama.LlamaRotaryEmbedding),
+                                   (modeling_mistral.MistralRMSNorm, modeling_mistral.MistralRotaryEmbedding)]:
+        norm_class.forward, rope_class.forward = norm, rope
 
 
 # ---------------------------------------------------------------- weights
@@ -168,10 +179,11 @@ class Reference:
         eos = self.f32.generation_config.eos_token_id
         self.eos = eos if isinstance(eos, list) else [eos]
         self.processor = None
-        if kind == "llava":
+        if kind in PROCESSORS:
             p = json.loads(Path(f"{folder}/processor_config.json").read_text())
-            self.processor = LlavaProcessor(
-                image_processor=CLIPImageProcessorPil.from_pretrained(folder), tokenizer=self.tokenizer,
+            of_images, of_both = PROCESSORS[kind]
+            self.processor = of_both(
+                image_processor=of_images.from_pretrained(folder), tokenizer=self.tokenizer,
                 patch_size=p["patch_size"], vision_feature_select_strategy=p["vision_feature_select_strategy"],
                 num_additional_image_tokens=p["num_additional_image_tokens"])
 
@@ -208,18 +220,29 @@ class Reference:
     def logits(self, model, inputs, tokens):
         """Of every position of the prompt and of `tokens` but the last, without a cache."""
         ids = torch.cat([inputs["input_ids"], tokens[None, :-1]], 1)
-        pixels = {}
+        pixels = {k: inputs[k] for k in ("image_sizes",) if k in inputs}
         if "pixel_values" in inputs:
             pixels["pixel_values"] = inputs["pixel_values"].to(model.dtype)
         return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **pixels).logits[0]
 
+    def squares(self, inputs):
+        """The pixels of each picture: [1, 3, size, size], or as many squares as it is seen in, without filling."""
+        pixels = inputs["pixel_values"]
+        if self.kind == "llava":
+            return list(pixels[:, None])
+        c = self.f32.config
+        return [p[:image_size_to_num_patches(size, c.image_grid_pinpoints, c.vision_config.image_size)]
+                for p, size in zip(pixels, inputs["image_sizes"])]
+
     @torch.no_grad()
-    def vision(self, model, pixels):
-        pixels, layer = pixels.to(model.dtype), model.config.vision_feature_layer
-        states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
-        features = model.get_image_features(pixels).pooler_output
-        return {"vision.selected": states[layer] if isinstance(layer, int) else torch.cat([states[i] for i in layer], -1),
-                "image_features": torch.cat(list(features), 0)}
+    def vision(self, model, inputs):
+        layer, squares = model.config.vision_feature_layer, torch.cat(self.squares(inputs)).to(model.dtype)
+        sizes = {k: inputs[k] for k in ("image_sizes",) if k in inputs}
+        states = model.model.vision_tower(squares, output_hidden_states=True).hidden_states
+        features = model.get_image_features(inputs["pixel_values"].to(model.dtype), **sizes).pooler_output
+        return [len(f) for f in features], {
+            "vision.selected": states[layer] if isinstance(layer, int) else torch.cat([states[i] for i in layer], -1),
+            "image_features": torch.cat(list(features), 0)}
 
     def run(self, request, pictures, min_gap, quiet, bf16):
         """Returns the expected tensors of one request and its record for case.json."""
@@ -250,11 +273,14 @@ class Reference:
         expanded = prompt
         if "pixel_values" in inputs:
             pixels = inputs["pixel_values"]
-            seen, seen_exactly = self.vision(self.f32, pixels), self.vision(self.f64, pixels)
+            counts, seen = self.vision(self.f32, inputs)
+            _, seen_exactly = self.vision(self.f64, inputs)
             found |= {"pixel_values": pixels, **seen}
-            per_image = len(seen["image_features"]) // len(pixels)
-            record |= {"n_image_tokens": per_image * len(pixels), "image_tokens_per_image": [per_image] * len(pixels)}
-            expanded = prompt.replace("<image>", "<image>" * per_image)
+            record |= {"n_image_tokens": sum(counts), "image_tokens_per_image": counts}
+            if self.kind == "llava_next":
+                record["pixels_sha256"] = [hashlib.sha256(p.numpy().tobytes()).hexdigest() for p in self.squares(inputs)]
+            parts = prompt.split("<image>")
+            expanded = "".join(part + "<image>" * n for part, n in zip(parts, [*counts, 0], strict=True))
             for name, short in (("image_features", "image_features"), ("vision.selected", "vision_selected")):
                 measured[f"{short}_max_abs_diff_f32_vs_f64"] = difference(seen[name], seen_exactly[name])
                 measured[f"{short}_std"] = seen[name].std().item()

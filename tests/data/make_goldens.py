@@ -22,9 +22,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from golden_inputs import (CHATML, LONG_CORPUS, VICUNA, assistant, user, write_chatml_tokenizer, write_json,
-                           write_llama_tokenizer, write_picture)
-from golden_reference import Reference, create_model, difference, misalign, stored, use_true_float64
+from golden_inputs import (CHATML, LLAMA3, LONG_CORPUS, MISTRAL, VICUNA, assistant, user, write_chatml_tokenizer,
+                           write_json, write_llama3_tokenizer, write_llama_tokenizer, write_picture)
+from golden_reference import PROCESSORS, Reference, create_model, difference, misalign, stored, use_true_float64
 
 HERE = Path(__file__).resolve().parent
 ON_A = "../a_llava15_new_bf16/model"
@@ -101,6 +101,29 @@ CONFIG_LINEAR = {
     "num_hidden_layers": 2, "pad_token_id": 2, "rms_norm_eps": 1e-05, "rope_theta": 20000.0,
     "rope_scaling": {"type": "linear", "factor": 4.0}, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
     "transformers_version": "4.31.0", "vocab_size": "@vocab"}
+CONFIG_G = {
+    "architectures": ["LlavaNextForConditionalGeneration"], "ignore_index": -100,
+    "image_grid_pinpoints": [[70, 140], [140, 70], [140, 140], [210, 70], [70, 210]], "image_token_index": "@image",
+    "model_type": "llava_next", "projector_hidden_act": "gelu",
+    "text_config": {
+        "architectures": ["LlamaForCausalLM"], "hidden_size": 96, "intermediate_size": 272,
+        "max_position_embeddings": 4096, "model_type": "llama", "num_attention_heads": 6, "num_hidden_layers": 3,
+        "num_key_value_heads": 3, "pad_token_id": 0, "rms_norm_eps": 1e-05, "torch_dtype": "bfloat16",
+        "vocab_size": "@vocab"},
+    "tie_word_embeddings": False, "torch_dtype": "bfloat16", "transformers_version": "4.52.4",
+    "use_image_newline_parameter": True,
+    "vision_config": {
+        "model_type": "clip_vision_model", "projection_dim": 64, "vocab_size": 32000, "hidden_size": 64,
+        "image_size": 70, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 3, "patch_size": 14},
+    "vision_feature_layer": -2, "vision_feature_select_strategy": "default"}
+
+
+def small_next(text, vision={}, **top):
+    config = llava_config(SMALL_TEXT | text, SMALL_VISION | vision, **top)
+    return config | {"architectures": ["LlavaNextForConditionalGeneration"], "model_type": "llava_next",
+                     "image_grid_pinpoints": [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]}
+
+
 LONG_QUESTION = ("In the old harbour, under a thin fog, only the lighthouse keeps turning: what is shown in the image, "
                  "how many people are there, and why is the sky blue?")
 
@@ -149,6 +172,17 @@ CASES = [
                    dict(name="p3", images=["two.png"],
                         messages=[user("How many people?", 1), assistant("Three."),
                                   user("Are you sure? Please count the people in the photo again. Thanks!")])]),
+    dict(name="g_llava_next_bf16", kind="llava_next", layout="memory_v4", dtype="bf16", seed=610, min_gap=0.025,
+         keep=["image_features", "greedy_logits"],
+         what="LLaVA-NeXT: tiles, unpadding, newlines; two pictures of different shape in one prompt (r0), one alone (r1)",
+         tokenizer=lambda d: write_llama_tokenizer(d, 430), vocab=442, config=CONFIG_G, template=VICUNA,
+         template_file="chat_template.json",
+         pictures=[("wide.png", "photo", 300, 120, 71), ("tall.png", "text", 80, 200, 72),
+                   ("square.jpg", "shapes", 128, 125, 73)],
+         requests=[dict(name="r0", messages=[user("Compare the two images. Use one word.", 2)],
+                        images=["wide.png", "tall.png"]),
+                   dict(name="r1", messages=[user("What is this? Please.", 1)], images=["square.jpg"],
+                        keep=["vision.selected", "image_features", "greedy_logits"])]),
     dict(name="j_llama_chatml_f32", kind="llama", layout="memory_v5", dtype="f32", seed=707, keep=["greedy_logits"],
          what="LlamaForCausalLM without pictures in SmolLM2 style: tied embeddings, GQA 4/2, byte-level BPE, ChatML",
          init=dict(linear_gain=1.5, logit_std=3.0), tokenizer=lambda d: write_chatml_tokenizer(d, 420, CHATML),
@@ -203,6 +237,24 @@ CASES = [
         pictures=[("sign.png", "grad", 28, 28, 42)],
         requests=[dict(name="r0", messages=[user(LONG_QUESTION, 1)], images=["sign.png"], steps=12)]),
     SMALL | dict(
+        name="next_mistral", kind="llava_next", layout="hub", dtype="f16", seed=61, keep=[*VISION_TENSORS, *ALL_LOGITS],
+        template=MISTRAL,
+        what="LLaVA-NeXT with a Mistral: sliding_window null, theta 1000000, one KV head of two; names as on the Hub; r1 "
+             "has three pictures in two turns, one of them twice",
+        config=small_next(dict(model_type="mistral", sliding_window=None, rope_theta=1000000.0)),
+        pictures=[("wide.png", "photo", 90, 24, 62), ("dot.png", "grad", 5, 3, 63)],
+        requests=[dict(name="r0", messages=[user("What is it?", 1)], images=["wide.png"], steps=12),
+                  dict(name="r1", messages=[user("Compare.", 2), assistant("A fox."), user("And this?", 1)],
+                       images=["wide.png", "dot.png", "wide.png"], steps=12)]),
+    SMALL | dict(
+        name="next_llama3", kind="llava_next", layout="memory_v5", seed=72, keep=[*VISION_TENSORS, *ALL_LOGITS],
+        template=LLAMA3, tokenizer=lambda d: write_llama3_tokenizer(d, 300), vocab=304,
+        what="LLaVA-NeXT with a Llama 3: byte-level BPE, two tokens that end a text, theta 500000; two feature layers; "
+             "names as transformers 5 holds them in memory",
+        config=small_next(dict(rope_theta=500000.0), vision_feature_layer=[-2, 1]),
+        pictures=[("tall.png", "shapes", 23, 61, 72)],
+        requests=[dict(name="r0", messages=[user("What is it?", 1)], images=["tall.png"], steps=12)]),
+    SMALL | dict(
         name="rope_linear_mixed_dtypes", kind="llama", layout="memory_v5", dtype="mixed", seed=51, keep=ALL_LOGITS,
         what="LlamaForCausalLM with rope_scaling {type: linear, factor: 4} and torch_dtype as old configs have them, KV "
              "heads left out (as many as heads), f16, bf16 and f32 tensors in one file whose data begins at an odd offset",
@@ -221,12 +273,14 @@ def fill(value, ids, vocab):
     return value
 
 
-def preprocessor_config(size):
+def preprocessor_config(size, pinpoints):
+    tiles = {"aspect_ratio_setting": "anyres", "do_pad": True, "image_grid_pinpoints": pinpoints,
+             "image_processor_type": "LlavaNextImageProcessor", "processor_class": "LlavaNextProcessor"}
     return {"crop_size": {"height": size, "width": size}, "do_center_crop": True, "do_convert_rgb": True,
             "do_normalize": True, "do_rescale": True, "do_resize": True,
             "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_processor_type": "CLIPImageProcessor",
             "image_std": [0.26862954, 0.26130258, 0.27577711], "processor_class": "LlavaProcessor", "resample": 3,
-            "rescale_factor": 0.00392156862745098, "size": {"shortest_edge": size}}
+            "rescale_factor": 0.00392156862745098, "size": {"shortest_edge": size}, **(tiles if pinpoints else {})}
 
 
 def write_model(case, folder):
@@ -243,12 +297,12 @@ def write_model(case, folder):
         write_json(folder / case["template_file"], {"chat_template": case["template"]})
     elif case.get("template"):
         (folder / "chat_template.jinja").write_text(case["template"])
-    if case["kind"] == "llava":
-        vision = config["vision_config"]
-        write_json(folder / "preprocessor_config.json", preprocessor_config(vision["image_size"]))
+    if case["kind"] in PROCESSORS:
+        vision, pinpoints = config["vision_config"], config.get("image_grid_pinpoints")
+        write_json(folder / "preprocessor_config.json", preprocessor_config(vision["image_size"], pinpoints))
         write_json(folder / "processor_config.json", {
             "image_token": "<image>", "num_additional_image_tokens": 1, "patch_size": vision["patch_size"],
-            "processor_class": "LlavaProcessor",
+            "processor_class": PROCESSORS[case["kind"]][1].__name__,
             "vision_feature_select_strategy": config.get("vision_feature_select_strategy", "default")})
     create_model(case, folder, ids)
     return ids["quiet"]

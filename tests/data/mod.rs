@@ -4,6 +4,7 @@ use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 use std::fmt;
 use std::path::PathBuf;
+use tessera::model::lora::Lora;
 
 /// A case: a checkpoint, prompts, pictures, and what the reference made of them.
 pub struct Case {
@@ -21,10 +22,14 @@ pub struct CaseRequest {
     pub prompt: String,
     /// File names of its pictures.
     pub images: Vec<String>,
+    /// SHA-256 of the pixels of each, where the case has it.
+    pub pixels_sha256: Vec<String>,
     /// Tokens generated, unless end of text came before.
     pub max_new_tokens: usize,
     /// The decoded answer.
     pub expected_text: Option<String>,
+    /// What is asked, if the prompt is the style that the model's name tells.
+    pub question: Option<String>,
     /// How far the reference in f32 is from the same in f64.
     pub noise: f64,
 }
@@ -58,6 +63,21 @@ impl Case {
         self.folder.join(self.json["model"].as_str().unwrap())
     }
 
+    /// Whether the checkpoint is in the layout of the original LLaVA.
+    pub fn is_original(&self) -> bool {
+        self.json["kind"] == "llava_original"
+    }
+
+    /// The adapters that the reference had merged into the checkpoint.
+    pub fn lora(&self) -> Vec<Lora> {
+        let list = self.json["adapters"].as_array().into_iter().flatten();
+        list.map(|adapter| Lora {
+            dir: self.folder.join(adapter["folder"].as_str().unwrap()),
+            scale: adapter["scale"].as_f64().unwrap(),
+        })
+        .collect()
+    }
+
     /// The bytes of a picture as the reference decoded it: a JPEG has its pixels beside it, because
     /// decoders differ by a few levels.
     pub fn image(&self, name: &str) -> Vec<u8> {
@@ -77,8 +97,10 @@ impl Case {
                 name: r["name"].as_str().unwrap().into(),
                 prompt: r["prompt"].as_str().unwrap().into(),
                 images: strings(&r["images"]),
+                pixels_sha256: strings(&r["pixels_sha256"]),
                 max_new_tokens: r["sampling"]["max_new_tokens"].as_u64().unwrap() as usize,
                 expected_text: r["expected_text"].as_str().map(String::from),
+                question: r["question"].as_str().map(String::from),
                 noise: r["measured"]["logits_max_abs_diff_f32_vs_f64"].as_f64().unwrap_or(0.0),
             })
             .collect()

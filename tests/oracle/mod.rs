@@ -6,7 +6,7 @@
 use std::slice::{from_raw_parts, from_raw_parts_mut};
 use tessera::Result;
 use tessera::backend::{Backend, Buffer, Call, Prepared};
-use tessera::op::{Activation, Op, PAGE, SampleParams, Select, WeightType};
+use tessera::op::{Activation, Op, PAGE, Pair, SampleParams, Select, WeightType};
 use tessera::tensor::{DType, View, Weight};
 
 /// Plain loops.
@@ -156,32 +156,24 @@ fn compute(op: &Op, ins: &[In], weights: &[Matrix], outs: &[View]) -> Vec<Vec<f6
             let norm = sum.iter().flat_map(|x| rms_norm(x, &weights[0].values, eps)).collect();
             vec![sum.concat(), norm]
         }
-        Op::Linear { act, bias, residual, wide: _ } => {
-            let n = if bias { weights.len() / 2 } else { weights.len() };
+        Op::Linear { act, bias, residual, ref pairs, wide: _ } => {
+            let (n, _) = Op::matrices(weights.len(), bias, pairs);
             let mut out = Vec::new();
             for r in 0..ins[0].0.rows {
                 let x = ins[0].row(r);
                 for i in 0..n {
-                    for row in 0..weights[i].rows {
-                        let b = if bias { weights[n + i].values[row] } else { 0.0 };
-                        let y = activate(dot(&x, &weights[i], row) + b, act);
+                    for y in adapted(&x, weights, bias, pairs, i) {
                         let col = out.len() % outs[0].cols;
-                        out.push(y + if residual { ins[1].at(r, col) } else { 0.0 });
+                        out.push(activate(y, act) + if residual { ins[1].at(r, col) } else { 0.0 });
                     }
                 }
             }
             vec![out]
         }
-        Op::GatedLinear { bias } => vec![rows(&ins[0], |x| {
-            let with_bias = |i: usize, row: usize| {
-                dot(x, &weights[i], row) + if bias { weights[2 + i].values[row] } else { 0.0 }
-            };
-            (0..weights[0].rows)
-                .map(|row| {
-                    let gate = with_bias(0, row);
-                    gate / (1.0 + (-gate).exp()) * with_bias(1, row)
-                })
-                .collect()
+        Op::GatedLinear { bias, ref pairs } => vec![rows(&ins[0], |x| {
+            let gate = adapted(x, weights, bias, pairs, 0);
+            let up = adapted(x, weights, bias, pairs, 1);
+            gate.into_iter().zip(up).map(|(gate, up)| gate / (1.0 + (-gate).exp()) * up).collect()
         })],
         Op::Attention { heads, head_dim, rows, causal } => {
             vec![attention(&ins[0], heads, head_dim, rows, causal)]
@@ -200,6 +192,14 @@ fn compute(op: &Op, ins: &[In], weights: &[Matrix], outs: &[View]) -> Vec<Vec<f6
                         (0..weights[0].cols).map(|c| weights[0].at(id, c)).collect()
                     }
                     source => ins[2].row(source as usize),
+                })
+                .collect(),
+        ],
+        Op::EmbedTokens => vec![
+            (0..ins[0].0.rows)
+                .flat_map(|r| {
+                    let (id, position) = (ins[0].index(r, 0) as usize, r % weights[1].rows);
+                    (0..weights[0].cols).map(move |c| weights[0].at(id, c) + weights[1].at(position, c))
                 })
                 .collect(),
         ],
@@ -226,6 +226,21 @@ fn rows(x: &In, f: impl Fn(&[f64]) -> Vec<f64>) -> Vec<f64> {
 
 fn dot(x: &[f64], w: &Matrix, row: usize) -> f64 {
     x.iter().enumerate().map(|(k, x)| x * w.at(row, k)).sum()
+}
+
+/// x W^T + b + the sum of scale B (A x) for matrix `i` of a linear op.
+fn adapted(x: &[f64], weights: &[Matrix], bias: bool, pairs: &[Pair], i: usize) -> Vec<f64> {
+    let (n, own) = Op::matrices(weights.len(), bias, pairs);
+    let mut y: Vec<f64> = (0..weights[i].rows).map(|row| dot(x, &weights[i], row)).collect();
+    for (row, y) in y.iter_mut().enumerate().filter(|_| bias) {
+        *y += weights[n + i].values[row];
+    }
+    for (p, pair) in pairs.iter().enumerate().filter(|(_, pair)| pair.matrix == i) {
+        let (a, b) = (&weights[own + 2 * p], &weights[own + 2 * p + 1]);
+        let inner: Vec<f64> = (0..a.rows).map(|row| dot(x, a, row)).collect();
+        y.iter_mut().enumerate().for_each(|(row, y)| *y += pair.scale as f64 * dot(&inner, b, row));
+    }
+    y
 }
 
 fn rms_norm(x: &[f64], gamma: &[f64], eps: f32) -> Vec<f64> {

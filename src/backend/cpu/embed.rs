@@ -66,9 +66,58 @@ impl Task for Embed<'_> {
     }
 }
 
+/// `out[t] = table[ids[t]] + positions[t % P]` for the P rows of `positions`.
+///
+/// # Panics
+/// If shapes do not fit or an index names no row.
+pub fn embed_tokens(
+    machine: &Machine,
+    ids: &[i32],
+    table: Matrix<'_>,
+    positions: Matrix<'_>,
+    out: &mut [f32],
+) {
+    table.assert_valid();
+    positions.assert_valid();
+    assert!(positions.cols == table.cols && out.len() == ids.len() * table.cols, "embed: rows");
+    for &id in ids {
+        assert!(id >= 0 && (id as usize) < table.rows, "embed: id {id} of {}", table.rows);
+    }
+    machine.run(&EmbedTokens { ids, table, positions, out: out.as_mut_ptr() });
+}
+
+struct EmbedTokens<'a> {
+    ids: &'a [i32],
+    table: Matrix<'a>,
+    positions: Matrix<'a>,
+    out: *mut f32,
+}
+
+// SAFETY: workers write different rows of `out`.
+unsafe impl Sync for EmbedTokens<'_> {}
+
+impl Task for EmbedTokens<'_> {
+    #[inline(always)]
+    fn run<L: Lanes>(&self, lanes: L, worker: Worker<'_>) {
+        let cols = self.table.cols;
+        for row in worker.share(self.ids.len()) {
+            for at in (0..cols).step_by(LANES) {
+                let n = LANES.min(cols - at);
+                // SAFETY: `embed_tokens` has checked that the rows exist on both sides.
+                unsafe {
+                    let token = self.table.load(lanes, self.ids[row] as usize, at, n);
+                    let position = self.positions.load(lanes, row % self.positions.rows, at, n);
+                    lanes.store_first(self.out.add(row * cols + at), lanes.add(token, position), n);
+                }
+            }
+        }
+    }
+}
+
 /// Bytes of workspace that [`patch_embed`] needs for images of `patches` patches of `inputs` pixels.
 pub fn patch_workspace(patches: usize, inputs: usize, threads: usize) -> usize {
-    (patches * inputs * size_of::<f32>()).next_multiple_of(64) + linear_workspace(patches, inputs, threads)
+    (patches * inputs * size_of::<f32>()).next_multiple_of(64)
+        + linear_workspace(patches, inputs, std::iter::empty(), threads)
 }
 
 /// The weights of a patch embedding.
@@ -108,7 +157,7 @@ pub fn patch_embed(
         machine.run(&Gather { pixels, side, patch, grid, to });
         // The class row's product is nothing: positions and class are written first, as the residual.
         machine.run(&Positions { class, positions, out: out.as_mut_ptr() });
-        let layer = Layer { weight: conv, bias: None };
+        let layer = Layer::new(conv, None);
         let epilogue = (Activation::None, Residual::InPlace);
         linear(machine, gathered, &[layer], epilogue, &mut out[width..], workspace);
     }

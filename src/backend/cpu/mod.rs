@@ -7,6 +7,7 @@
 #![allow(clippy::needless_range_loop, reason = "loops over registers name several arrays by one index")]
 
 pub mod attention;
+pub mod ceilings;
 pub mod embed;
 pub mod lanes;
 pub mod linear;
@@ -17,19 +18,21 @@ pub mod pool;
 pub mod rope;
 pub mod sample;
 
-use super::{Backend, Buffer, Call, Prepared};
+use super::{Backend, Buffer, Call, Ceilings, Prepared};
 use crate::error::{Error, Result};
-use crate::op::{Activation, Op, Select, WeightType};
+use crate::op::{Activation, MAX_PAIRS, Op, Select, WeightType};
 use crate::tensor::{DType, View, Weight};
 use attention::Heads;
 use lanes::Isa;
-use linear::{Layer, Residual};
+use linear::{Layer, LowRank, Residual};
 use machine::Machine;
 use panel::Matrix;
 use std::slice::{from_raw_parts, from_raw_parts_mut};
 
 /// Bytes behind every allocation that may be read.
 const SLACK: usize = 64;
+/// Bytes that are read to see how fast memory is.
+const CEILING_BYTES: usize = 512 << 20;
 
 /// Most matrices that a linear op puts side by side.
 const MAX_MATRICES: usize = 4;
@@ -72,6 +75,15 @@ impl CpuBackend {
     }
 }
 
+/// The ranks of the pairs of a linear op, whose A and B are the last of its `weights`.
+fn ranks(
+    weights: usize,
+    pairs: usize,
+    ty: impl Fn(usize) -> WeightType + Clone,
+) -> impl Iterator<Item = usize> + Clone {
+    (weights - 2 * pairs..weights).step_by(2).map(move |a| ty(a).rows)
+}
+
 /// Bytes of memory this machine has, or 0 if it does not tell.
 pub fn physical_memory() -> u64 {
     // SAFETY: sysconf reads a number and touches no memory of ours.
@@ -87,6 +99,21 @@ impl Backend for CpuBackend {
 
     fn dtype(&self) -> DType {
         DType::F32
+    }
+
+    fn ceilings(&self) -> Result<Option<Ceilings>> {
+        // Larger than any cache, in small pages as mapped weights are; written, or all of it would be
+        // one page of zeros.
+        let mut memory = memmap2::MmapMut::map_anon(CEILING_BYTES).map_err(|error| Error::Memory {
+            what: "the read ceiling".into(),
+            needed: CEILING_BYTES as u64,
+            available: physical_memory(),
+            remedy: format!("; the system says: {error}"),
+        })?;
+        memory.fill(1);
+        let (flops_per_s, bytes_per_s) =
+            (ceilings::fma_rate(&self.machine), ceilings::read_rate(&self.machine, &memory));
+        Ok(Some(Ceilings { flops_per_s, bytes_per_s }))
     }
 
     fn alloc(&self, what: &str, bytes: usize) -> Result<Buffer> {
@@ -122,7 +149,8 @@ impl Backend for CpuBackend {
                 embed::patch_workspace((image / patch).pow(2), weights[0].cols, threads)
             }
             Op::Linear { .. } | Op::GatedLinear { .. } => {
-                linear::linear_workspace(ins[0].rows, ins[0].cols, threads)
+                let ranks = ranks(weights.len(), op.pairs().len(), |i| weights[i]);
+                linear::linear_workspace(ins[0].rows, ins[0].cols, ranks, threads)
             }
             Op::Attention { heads, head_dim, rows, .. } => attention::dense_workspace(rows, heads, head_dim),
             Op::Sample => ins[0].cols * size_of::<sample::Candidate>(),
@@ -132,6 +160,7 @@ impl Backend for CpuBackend {
             | Op::RopeAppend { .. }
             | Op::PagedAttention { .. }
             | Op::EmbedRows
+            | Op::EmbedTokens
             | Op::SelectRows { .. }
             | Op::L2Normalize => 0,
         }
@@ -207,12 +236,11 @@ impl<'a> Operands<'a> {
             Op::L2Normalize => {
                 norm::norm(machine, norm::Norm::L2, self.floats(0), call.ins[0].cols, None, self.out(0));
             }
-            Op::Linear { act, bias, residual, wide: _ } => self.linear(machine, act, bias, residual),
-            Op::GatedLinear { bias } => {
-                let layer = |i| Layer { weight: self.matrix(i), bias: bias.then(|| self.matrix(2 + i)) };
+            Op::Linear { act, bias, residual, .. } => self.linear(machine, act, bias, residual),
+            Op::GatedLinear { bias, .. } => self.with_layers(bias, |layers| {
                 let workspace = self.linear_workspace(machine);
-                linear::gated_linear(machine, self.floats(0), layer(0), layer(1), self.out(0), workspace);
-            }
+                linear::gated_linear(machine, self.floats(0), layers[0], layers[1], self.out(0), workspace);
+            }),
             Op::Attention { heads, head_dim, rows, causal } => {
                 let of = Heads { heads, kv_heads: heads, head_dim };
                 let workspace = self.workspace(attention::dense_workspace(rows, heads, head_dim));
@@ -243,21 +271,40 @@ impl<'a> Operands<'a> {
                 let ids = (self.indices(0), self.indices(1));
                 embed::embed_rows(machine, ids, self.floats(2), self.matrix(0), self.out(0));
             }
+            Op::EmbedTokens => {
+                embed::embed_tokens(machine, self.indices(0), self.matrix(0), self.matrix(1), self.out(0));
+            }
             Op::SelectRows { select } => self.select(select),
             Op::Sample => self.sample(),
         }
     }
 
     fn linear(&self, machine: &Machine, act: Activation, bias: bool, residual: bool) {
-        let weights = self.call.weights.len();
-        let n = if bias { weights / 2 } else { weights };
-        let mut layers = [Layer { weight: self.matrix(0), bias: None }; MAX_MATRICES];
-        for (i, layer) in layers[..n].iter_mut().enumerate() {
-            *layer = Layer { weight: self.matrix(i), bias: bias.then(|| self.matrix(n + i)) };
-        }
         let residual = if residual { Residual::Add(self.floats(1)) } else { Residual::None };
-        let workspace = self.linear_workspace(machine);
-        linear::linear(machine, self.floats(0), &layers[..n], (act, residual), self.out(0), workspace);
+        self.with_layers(bias, |layers| {
+            let workspace = self.linear_workspace(machine);
+            linear::linear(machine, self.floats(0), layers, (act, residual), self.out(0), workspace);
+        });
+    }
+
+    /// Hands the matrices of a linear op to `compute`, each with its bias and its pairs.
+    fn with_layers(&self, bias: bool, compute: impl FnOnce(&[Layer<'_>])) {
+        let pairs = self.call.op.pairs();
+        let (n, own) = Op::matrices(self.call.weights.len(), bias, pairs);
+        let mut low_rank = [LowRank { a: self.matrix(0), b: self.matrix(0), scale: 0.0 }; MAX_PAIRS];
+        for (p, (low_rank, pair)) in low_rank.iter_mut().zip(pairs).enumerate() {
+            let (a, b) = (self.matrix(own + 2 * p), self.matrix(own + 2 * p + 1));
+            *low_rank = LowRank { a, b, scale: pair.scale };
+        }
+        let mut rest = &low_rank[..pairs.len()];
+        let mut layers = [Layer::new(self.matrix(0), None); MAX_MATRICES];
+        for (i, layer) in layers[..n].iter_mut().enumerate() {
+            let count = pairs.iter().filter(|pair| pair.matrix == i).count();
+            let (own_pairs, others) = rest.split_at(count);
+            *layer = Layer::new(self.matrix(i), bias.then(|| self.matrix(n + i)));
+            (layer.pairs, rest) = (own_pairs, others);
+        }
+        compute(&layers[..n]);
     }
 
     fn select(&self, select: Select) {
@@ -295,8 +342,9 @@ impl<'a> Operands<'a> {
     }
 
     fn linear_workspace(&self, machine: &Machine) -> &mut [u8] {
-        let x = &self.call.ins[0];
-        self.workspace(linear::linear_workspace(x.rows, x.cols, machine.threads()))
+        let (x, weights) = (&self.call.ins[0], self.call.weights);
+        let ranks = ranks(weights.len(), self.call.op.pairs().len(), |i| weights[i].ty);
+        self.workspace(linear::linear_workspace(x.rows, x.cols, ranks, machine.threads()))
     }
 
     /// Operand `i` as numbers.

@@ -151,6 +151,13 @@ impl RowGroup {
         RowGroup { first, stride, rows: LANES.min(matrix.rows - row), dtype: matrix.dtype }
     }
 
+    /// Rows of f32 from `first` on that lie `stride` floats apart, of which `rows`, at least one, are left.
+    #[inline(always)]
+    pub fn f32(first: *const f32, stride: usize, rows: usize) -> Self {
+        let (first, stride) = (first.cast(), stride * size_of::<f32>());
+        RowGroup { first, stride, rows: LANES.min(rows), dtype: DType::F32 }
+    }
+
     /// The address of byte `offset` of a row, of the last for rows that do not exist.
     #[inline(always)]
     pub fn row(&self, row: usize, offset: usize) -> *const u8 {

@@ -3,6 +3,7 @@
 
 use crate::backend::Recording;
 use crate::error::Result;
+use std::time::Duration;
 
 /// What kernels must know of a device to choose their tiles.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -115,6 +116,10 @@ pub trait Driver: Send + Sync {
 
     /// Waits until all that was asked for is done.
     fn synchronize(&self) -> Result<()>;
+
+    /// How long what `work` asks for takes on the device, with nothing of it in the caches before. `None` where
+    /// time means nothing.
+    fn time(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Option<Duration>>;
 
     /// Records the launches that `work` makes on this thread, instead of running them. Meanwhile `work` asks
     /// for nothing but launches of kernels that ran before.

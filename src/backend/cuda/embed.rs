@@ -4,6 +4,7 @@ use super::device::{Device, Launch};
 use crate::backend::Call;
 use crate::error::Result;
 use crate::op::{Op, Select};
+use crate::tensor::DType;
 use bytemuck::NoUninit;
 
 const THREADS: u32 = 256;
@@ -21,6 +22,21 @@ struct EmbedArgs {
     table_stride: u32,
 }
 const _: () = assert!(size_of::<EmbedArgs>() == 48);
+
+/// As `TokensArgs` in the kernel file.
+#[derive(Clone, Copy, NoUninit)]
+#[repr(C)]
+struct TokensArgs {
+    ids: usize,
+    table: usize,
+    positions: usize,
+    y: usize,
+    cols: u32,
+    table_stride: u32,
+    period: u32,
+    unused: u32,
+}
+const _: () = assert!(size_of::<TokensArgs>() == 48);
 
 /// As `SelectArgs` in the kernel file.
 #[derive(Clone, Copy, NoUninit)]
@@ -62,6 +78,34 @@ pub unsafe fn embed_rows(device: &Device, call: &Call<'_>) -> Result<()> {
     };
     let launch = Launch { kernel: "embed_rows", grid: [y.rows as u32, 1, 1], block: THREADS, shared: 0 };
     // SAFETY: the caller's obligation.
+    unsafe { device.launch(launch, &args) }
+}
+
+/// [`Op::EmbedTokens`].
+///
+/// # Errors
+/// [`Error::Device`](crate::Error::Device).
+///
+/// # Safety
+/// As for [`Backend::run`](crate::backend::Backend::run).
+pub unsafe fn embed_tokens(device: &Device, call: &Call<'_>) -> Result<()> {
+    let (ids, table, positions, y) = (&call.ins[0], call.weights[0], call.weights[1], &call.outs[0]);
+    if y.is_empty() {
+        return Ok(());
+    }
+    debug_assert!(table.ty.dtype == device.dtype() && positions.ty.dtype == DType::F32);
+    let args = TokensArgs {
+        ids: ids.addr,
+        table: table.addr,
+        positions: positions.addr,
+        y: y.addr,
+        cols: y.cols as u32,
+        table_stride: (table.row_stride / device.dtype().size()) as u32,
+        period: positions.ty.rows as u32,
+        unused: 0,
+    };
+    let launch = Launch { kernel: "embed_tokens", grid: [y.rows as u32, 1, 1], block: THREADS, shared: 0 };
+    // SAFETY: the caller's obligation: ids name rows of the table.
     unsafe { device.launch(launch, &args) }
 }
 

@@ -7,6 +7,7 @@ use crate::error::{Error, Result};
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::ThreadId;
+use std::time::Duration;
 
 #[repr(C)]
 struct Raw {
@@ -169,7 +170,7 @@ impl Driver for Emulator {
     }
 
     fn describe(&self) -> String {
-        format!("{} kernels, every access checked; slow, for tests", kernels().count())
+        "the GPU's kernels on the processor, every access checked; slow, for tests".into()
     }
 
     fn limits(&self) -> Limits {
@@ -281,6 +282,10 @@ impl Driver for Emulator {
         Ok(())
     }
 
+    fn time(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Option<Duration>> {
+        work().map(|()| None)
+    }
+
     fn record(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Box<dyn Recording>> {
         let mut state = self.lock();
         if state.recording.is_some() {
@@ -314,7 +319,7 @@ impl Recording for Recorded {
     }
 }
 
-/// Names of the kernels in this build.
+/// Names of the kernels in this build, those of its own tests among them.
 pub fn kernels() -> impl Iterator<Item = String> {
     // SAFETY: every index below the count names a kernel, and names live as long as the program.
     (0..unsafe { emu_kernels() }).map(|i| unsafe { text(emu_kernel(i)) })

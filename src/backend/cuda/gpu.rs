@@ -1,17 +1,17 @@
-//! The driver of a GPU. All calls into NVIDIA's library stand in this file; it is loaded when first asked for,
-//! and probed before it is called: a machine without it, or with one that lacks a function, has no GPU and a
-//! reason, never a panic.
+//! The driver of a GPU, over NVIDIA's library ([`library`](super::library)).
 
+use super::clock::Clock;
 use super::driver::{Driver, Kernel, Limits, Shape};
+use super::library::{ask, check, library};
 use super::staging::Staging;
 use crate::backend::Recording;
 use crate::error::{Error, Result};
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute, CUresult};
-use std::ffi::{CStr, CString, c_char, c_void};
-use std::mem::MaybeUninit;
+use std::ffi::{CStr, CString, c_void};
 use std::ptr;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::ThreadId;
+use std::time::Duration;
 
 /// A file of kernels, compiled for all architectures.
 pub struct Module {
@@ -19,6 +19,8 @@ pub struct Module {
     pub name: &'static str,
     /// A fat binary.
     pub image: &'static [u8],
+    /// What the compiler made of them; [`resources`](super::resources) reads it.
+    pub resources: &'static str,
 }
 
 /// What [`MODULES`] and the compiler that made them are, from the build.
@@ -30,90 +32,6 @@ pub use embedded::{COMPILER, MODULES};
 
 /// What a build that found no nvcc lacks.
 pub const NO_KERNELS: &str = "this build has no kernels for GPUs";
-
-/// The functions called here, by the names they have in the library.
-const FUNCTIONS: [&str; 33] = [
-    "cuInit",
-    "cuDriverGetVersion",
-    "cuGetErrorName",
-    "cuGetErrorString",
-    "cuDeviceGetCount",
-    "cuDeviceGet",
-    "cuDeviceGetName",
-    "cuDeviceGetAttribute",
-    "cuDeviceTotalMem_v2",
-    "cuDevicePrimaryCtxRetain",
-    "cuDevicePrimaryCtxRelease_v2",
-    "cuCtxSetCurrent",
-    "cuStreamCreate",
-    "cuStreamDestroy_v2",
-    "cuStreamSynchronize",
-    "cuStreamBeginCapture_v2",
-    "cuStreamEndCapture",
-    "cuGraphInstantiateWithFlags",
-    "cuGraphLaunch",
-    "cuGraphExecDestroy",
-    "cuGraphDestroy",
-    "cuMemGetInfo_v2",
-    "cuMemAlloc_v2",
-    "cuMemFree_v2",
-    "cuMemcpyHtoDAsync_v2",
-    "cuMemcpyDtoHAsync_v2",
-    "cuMemcpyDtoDAsync_v2",
-    "cuMemsetD8Async",
-    "cuModuleLoadData",
-    "cuModuleUnload",
-    "cuModuleGetFunction",
-    "cuFuncSetAttribute",
-    "cuLaunchKernel",
-];
-
-/// Loads and initialises the library, once a process; why there is none.
-fn library() -> Result<(), String> {
-    static LIBRARY: OnceLock<Result<(), String>> = OnceLock::new();
-    LIBRARY.get_or_init(load).clone()
-}
-
-fn load() -> Result<(), String> {
-    // SAFETY: loading NVIDIA's library runs its initialisers, which is what a user of CUDA asks for.
-    if !unsafe { sys::is_culib_present() } {
-        return Err("no NVIDIA driver: the library libcuda is not installed".into());
-    }
-    for name in FUNCTIONS.iter().chain(&super::staging::FUNCTIONS) {
-        // SAFETY: `culib` loads what was just found; the symbol is looked at and not called.
-        let found = unsafe { sys::culib().get::<*const c_void>(name.as_bytes()).is_ok() };
-        if !found {
-            return Err(format!("the NVIDIA driver is too old: it has no {name}; update it"));
-        }
-    }
-    // SAFETY: the function is there (probed above); it may be called from any thread, any number of times.
-    check("cuInit", unsafe { sys::cuInit(0) })
-}
-
-/// An error of the library in words, with the function that gave it.
-pub(super) fn check(function: &str, code: CUresult) -> Result<(), String> {
-    if code == CUresult::CUDA_SUCCESS {
-        return Ok(());
-    }
-    type Describe = unsafe fn(CUresult, *mut *const c_char) -> CUresult;
-    let text = |describe: Describe| {
-        let mut text = ptr::null();
-        // SAFETY: both functions write the address of a string that lives as long as the library, or null.
-        unsafe {
-            let known = describe(code, &mut text) == CUresult::CUDA_SUCCESS && !text.is_null();
-            if known { CStr::from_ptr(text).to_string_lossy().into_owned() } else { "unknown".into() }
-        }
-    };
-    Err(format!("{function}: {} ({})", text(sys::cuGetErrorString), text(sys::cuGetErrorName)))
-}
-
-/// A number that a function writes.
-fn ask<T>(function: &str, f: impl FnOnce(*mut T) -> CUresult) -> Result<T, String> {
-    let mut value = MaybeUninit::zeroed();
-    check(function, f(value.as_mut_ptr()))?;
-    // SAFETY: the function succeeded, so it has written a number or a handle.
-    Ok(unsafe { value.assume_init() })
-}
 
 /// How many GPUs there are.
 ///
@@ -193,6 +111,7 @@ struct Context {
     modules: Vec<sys::CUmodule>,
     limits: Limits,
     staging: Mutex<Option<Staging>>,
+    clock: Mutex<Option<Clock>>,
 }
 
 // SAFETY: the driver's handles may be used from any thread whose current context is theirs (`enter`).
@@ -201,25 +120,33 @@ unsafe impl Send for Context {}
 unsafe impl Sync for Context {}
 
 impl Gpu {
-    /// Opens the GPU of this number and loads the kernels.
+    /// Opens the GPU of this number and loads the kernels of this build.
     ///
     /// # Errors
     /// [`Error::Device`] with the reason.
     pub fn open(ordinal: usize) -> Result<Self> {
+        Gpu::open_with(ordinal, MODULES)
+    }
+
+    /// Opens the GPU of this number with these kernels.
+    ///
+    /// # Errors
+    /// [`Error::Device`] with the reason.
+    pub fn open_with(ordinal: usize, modules: &'static [Module]) -> Result<Self> {
         let named = |problem| Error::Device { device: format!("cuda:{ordinal}"), problem };
         let count = count().map_err(named)?;
         if ordinal >= count {
             return Err(named(format!("there is no such GPU; they are numbered 0 to {}", count - 1)));
         }
-        if MODULES.is_empty() {
+        if modules.is_empty() {
             return Err(named(format!("{NO_KERNELS}; see `tessera devices`")));
         }
-        Context::open(ordinal).map(|context| Gpu(Arc::new(context))).map_err(named)
+        Context::open(ordinal, modules).map(|context| Gpu(Arc::new(context))).map_err(named)
     }
 }
 
 impl Context {
-    fn open(ordinal: usize) -> Result<Self, String> {
+    fn open(ordinal: usize, modules: &[Module]) -> Result<Self, String> {
         // SAFETY: the library is initialised (`count`), the number is below the count; so for all calls here.
         let device = ask("cuDeviceGet", |d| unsafe { sys::cuDeviceGet(d, ordinal as i32) })?;
         let limits = limits(device)?;
@@ -240,6 +167,7 @@ impl Context {
             modules: Vec::new(),
             limits,
             staging: Mutex::new(None),
+            clock: Mutex::new(None),
         };
         this.enter()?;
         for stream in [&mut this.stream, &mut this.recorder] {
@@ -247,7 +175,7 @@ impl Context {
             // SAFETY: the context is current.
             *stream = ask("cuStreamCreate", |s| unsafe { sys::cuStreamCreate(s, NON_BLOCKING) })?;
         }
-        for module in MODULES {
+        for module in modules {
             // The library reads the image as words; nothing promises that it is aligned where it is embedded.
             let mut aligned = vec![0u64; module.image.len().div_ceil(8)];
             bytemuck::cast_slice_mut(&mut aligned)[..module.image.len()].copy_from_slice(module.image);
@@ -295,15 +223,18 @@ impl Context {
         let done = work();
         // SAFETY: the capture began on this stream and thread. A graph comes back only if all went well.
         let graph = ask("cuStreamEndCapture", |g| unsafe { sys::cuStreamEndCapture(self.recorder, g) });
-        done?;
-        let graph = self.named(graph)?;
-        let exec = ask("cuGraphInstantiate", |e| {
+        let graph = match self.named(graph) {
+            Ok(graph) => graph,
+            Err(error) => return Err(done.err().unwrap_or(error)),
+        };
+        let exec = done.is_ok().then(|| {
             // SAFETY: the graph came from the capture, whole.
-            unsafe { sys::cuGraphInstantiateWithFlags(e, graph, 0) }
+            ask("cuGraphInstantiate", |e| unsafe { sys::cuGraphInstantiateWithFlags(e, graph, 0) })
         });
         // SAFETY: the graph is ours, and what was instantiated does not need it.
         let destroyed = check("cuGraphDestroy", unsafe { sys::cuGraphDestroy(graph) });
-        self.named(exec.and_then(|exec| destroyed.map(|()| exec)))
+        done?;
+        self.named(destroyed.and(exec.unwrap_or_else(|| Err("nothing was recorded".into()))))
     }
 }
 
@@ -322,6 +253,7 @@ impl Drop for Context {
             let _ = self.synchronize();
         }
         *self.staging.get_mut().unwrap_or_else(PoisonError::into_inner) = None;
+        *self.clock.get_mut().unwrap_or_else(PoisonError::into_inner) = None;
         for &module in &self.modules {
             // SAFETY: loaded by `open`; all work is done, and no kernel of it can be launched any more.
             let _ = unsafe { sys::cuModuleUnload(module) };
@@ -499,6 +431,22 @@ impl Driver for Gpu {
 
     fn synchronize(&self) -> Result<()> {
         self.0.named(self.0.enter().and_then(|()| self.0.synchronize()))
+    }
+
+    fn time(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Option<Duration>> {
+        let this = &self.0;
+        this.named(this.enter())?;
+        let mut clock = this.clock.lock().unwrap_or_else(PoisonError::into_inner);
+        let clock = match &mut *clock {
+            Some(clock) => clock,
+            // SAFETY: the context is current, and the clock is dropped before it.
+            none => none.insert(this.named(unsafe { Clock::new() })?),
+        };
+        // SAFETY: the context is current, the stream lives.
+        this.named(unsafe { clock.begin(this.stream) })?;
+        work()?;
+        // SAFETY: as above.
+        this.named(unsafe { clock.end(this.stream) }).map(Some)
     }
 
     fn record(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Box<dyn Recording>> {

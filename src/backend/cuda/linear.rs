@@ -127,7 +127,7 @@ unsafe fn linear_by(
     rows: Range<usize>,
     tiles: &'static [Tile],
 ) -> Result<()> {
-    let Op::Linear { act, bias, residual, wide } = *call.op else { unreachable!("a Linear") };
+    let Op::Linear { act, bias, residual, wide, .. } = *call.op else { unreachable!("a Linear") };
     let matrices = if bias { call.weights.len() / 2 } else { call.weights.len() };
     let matrix = (call.weights[0], call.weights[0].row_stride);
     for (rows, slices) in launches(call, rows, tiles, call.outs[0].cols) {
@@ -160,7 +160,7 @@ unsafe fn gated_linear_by(
     rows: Range<usize>,
     tiles: &'static [Tile],
 ) -> Result<()> {
-    let Op::GatedLinear { bias } = *call.op else { unreachable!("a GatedLinear") };
+    let Op::GatedLinear { bias, .. } = *call.op else { unreachable!("a GatedLinear") };
     let gate = call.weights[0];
     debug_assert_eq!(call.weights[1].addr, gate.addr + gate.row_stride / 2, "gate and up take turns");
     let matrix = (gate, gate.row_stride / 2);
@@ -268,7 +268,8 @@ mod tests {
         bytes
     }
 
-    const PLAIN: Op = Op::Linear { act: Activation::None, bias: false, residual: false, wide: false };
+    const PLAIN: Op =
+        Op::Linear { act: Activation::None, bias: false, residual: false, wide: false, pairs: Vec::new() };
 
     /// Several tiles high and wide, with tails; one of them cut into slices.
     const SHAPES: [(usize, usize, usize); 3] = [(131, 264, 200), (70, 40, 1096), (17, 30, 64)];
@@ -278,7 +279,7 @@ mod tests {
     fn tiles_change_no_bit() {
         assert!(SHAPES.iter().any(|&(_, n, k)| tile::slices(n as u32, k as u32) > 1), "one is cut");
         for dtype in [DType::BF16, DType::F16] {
-            for op in [PLAIN, Op::GatedLinear { bias: false }] {
+            for op in [PLAIN, Op::GatedLinear { bias: false, pairs: Vec::new() }] {
                 for shape in SHAPES {
                     let reference = product(dtype, &op, shape, &ANY, &[0, shape.0]);
                     assert!(reference.iter().any(|byte| *byte != reference[0]));
@@ -294,7 +295,7 @@ mod tests {
     /// Rows in one launch or in several, by whatever tiles are chosen for so many: the same bits.
     #[test]
     fn chunks_change_no_bit() {
-        for op in [PLAIN, Op::GatedLinear { bias: false }] {
+        for op in [PLAIN, Op::GatedLinear { bias: false, pairs: Vec::new() }] {
             for shape in SHAPES {
                 let m = shape.0;
                 let whole = product(DType::BF16, &op, shape, &TILES, &[0, m]);

@@ -41,7 +41,7 @@ const _: () = assert!(size_of::<Args>() == 64);
 /// As for [`Backend::run`](crate::backend::Backend::run), with weights as this backend prepares them: the
 /// matrices end to end, rows padded to a multiple of 8 with zeros; biases end to end in f32.
 pub unsafe fn linear(device: &Device, call: &Call<'_>, rows: Range<usize>) -> Result<()> {
-    let Op::Linear { act, bias, residual, wide } = *call.op else { unreachable!("a Linear") };
+    let Op::Linear { act, bias, residual, wide, .. } = *call.op else { unreachable!("a Linear") };
     let matrices = if bias { call.weights.len() / 2 } else { call.weights.len() };
     let (x, y) = (part(&call.ins[0], &rows), part(&call.outs[0], &rows));
     debug_assert_eq!(y.cols, call.weights[..matrices].iter().map(|w| w.ty.rows).sum::<usize>());
@@ -71,7 +71,7 @@ pub unsafe fn linear(device: &Device, call: &Call<'_>, rows: Range<usize>) -> Re
 /// # Safety
 /// As for [`linear`], with rows of gate and up, and their biases, taking turns.
 pub unsafe fn gated_linear(device: &Device, call: &Call<'_>, rows: Range<usize>) -> Result<()> {
-    let Op::GatedLinear { bias } = *call.op else { unreachable!("a GatedLinear") };
+    let Op::GatedLinear { bias, .. } = *call.op else { unreachable!("a GatedLinear") };
     let (x, y) = (part(&call.ins[0], &rows), part(&call.outs[0], &rows));
     let gate = call.weights[0];
     debug_assert_eq!(call.weights[1].addr, gate.addr + gate.row_stride / 2, "gate and up take turns");

@@ -10,30 +10,36 @@
 //! between architectures.
 
 mod attention;
+mod ceiling;
+mod clock;
 pub mod device;
 pub mod driver;
 mod embed;
 #[cfg(feature = "emu")]
 pub mod emu;
 pub mod gpu;
+pub mod ledger;
+mod library;
 mod linear;
 mod matvec;
 mod norm;
 mod patch;
+pub mod resources;
 mod rope;
 mod sample;
 mod staging;
 pub mod tile;
 mod weights;
 
-use super::{Backend, Buffer, Call, Prepared, Recording};
-use crate::error::Result;
+use super::{Backend, Buffer, Call, Ceilings, Prepared, Recording};
+use crate::error::{Error, Result};
 use crate::op::{Op, WeightType};
 use crate::tensor::{DType, View, Weight};
 use device::Device;
 use driver::Driver;
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Duration;
 use weights::Tied;
 
 /// A CUDA device that computes in one 16-bit dtype.
@@ -105,6 +111,7 @@ impl CudaBackend {
                     by_phase(device, call, attention::paged_decode, attention::paged_prefill)
                 }
                 Op::EmbedRows => embed::embed_rows(device, call),
+                Op::EmbedTokens => embed::embed_tokens(device, call),
                 Op::SelectRows { .. } => embed::select_rows(device, call),
                 Op::Sample => sample::sample(device, call),
             }
@@ -142,6 +149,17 @@ impl Backend for CudaBackend {
         self.device.dtype()
     }
 
+    fn ceilings(&self) -> Result<Option<Ceilings>> {
+        match self.device.driver().time(&mut || Ok(()))? {
+            Some(_) => ceiling::measure(&self.device).map(Some),
+            None => Ok(None),
+        }
+    }
+
+    fn time(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Duration> {
+        Ok(self.device.driver().time(work)?.unwrap_or_default())
+    }
+
     fn available(&self) -> Result<Option<u64>> {
         self.device.driver().memory().map(|(free, _)| Some(free))
     }
@@ -155,12 +173,17 @@ impl Backend for CudaBackend {
     }
 
     fn prepare(&self, op: &Op, weights: &[Weight]) -> Result<Vec<Prepared>> {
+        if !op.pairs().is_empty() {
+            let problem =
+                "the kernels of low-rank pairs are not written yet; without --lora, or on the CPU, it works";
+            return Err(Error::Device { device: self.device.driver().name(), problem: problem.into() });
+        }
         weights::prepare(&self.device, &self.tied, op, weights)
     }
 
     fn workspace(&self, op: &Op, ins: &[View], weights: &[WeightType], _outs: &[View]) -> usize {
         match op {
-            Op::Linear { bias, .. } | Op::GatedLinear { bias } => {
+            Op::Linear { bias, .. } | Op::GatedLinear { bias, .. } => {
                 let matrices = if *bias { weights.len() / 2 } else { weights.len() };
                 linear::workspace(ins[0].rows, &weights[..matrices])
             }
@@ -173,6 +196,7 @@ impl Backend for CudaBackend {
             | Op::Attention { .. }
             | Op::RopeAppend { .. }
             | Op::EmbedRows
+            | Op::EmbedTokens
             | Op::SelectRows { .. }
             | Op::Sample => 0,
         }
@@ -187,6 +211,10 @@ impl Backend for CudaBackend {
         // SAFETY: the caller's obligation.
         unsafe { self.dispatch(call)? };
         if self.check_launches { driver.synchronize() } else { Ok(()) }
+    }
+
+    fn synchronize(&self) -> Result<()> {
+        self.device.driver().synchronize()
     }
 
     unsafe fn upload(&self, addr: usize, bytes: &[u8]) -> Result<()> {

@@ -47,6 +47,9 @@ pub(super) fn prepare(device: &Device, tied: &Tied, op: &Op, weights: &[Weight])
             vec![matrix(&weights[..1], false), floats(&weights[1..2], false), floats(&weights[2..], false)]
         }
         Op::EmbedRows => vec![Table { pad: 1, ..matrix(weights, false) }],
+        Op::EmbedTokens => {
+            vec![Table { pad: 1, ..matrix(&weights[..1], false) }, floats(&weights[1..], false)]
+        }
         Op::LayerNorm { .. } | Op::RmsNorm { .. } | Op::AddRmsNorm { .. } => {
             weights.chunks(1).map(|vector| floats(vector, false)).collect()
         }

@@ -25,11 +25,13 @@ pub struct DecodeOptions {
     /// Turn the picture as its EXIF orientation says. Hugging Face's loader does; the original LLaVA did
     /// not. (TIFF is turned either way, as by Pillow.)
     pub exif_orientation: bool,
+    /// Make a single transparent colour white, as transformers 5 does; the original LLaVA shows the colour.
+    pub whiten_transparent: bool,
 }
 
 impl Default for DecodeOptions {
     fn default() -> Self {
-        DecodeOptions { exif_orientation: true }
+        DecodeOptions { exif_orientation: true, whiten_transparent: true }
     }
 }
 
@@ -50,7 +52,7 @@ fn read(bytes: &[u8], options: &DecodeOptions) -> Result<Picture, String> {
     let reader = reader.with_guessed_format().map_err(|error| error.to_string())?;
     let format = reader.format().ok_or_else(|| unknown_format(bytes))?;
     if format == ImageFormat::Gif {
-        return read_gif(bytes).map_err(|error| error.to_string());
+        return read_gif(bytes, options).map_err(|error| error.to_string());
     }
     let mut decoder = reader.into_decoder().map_err(|error| error.to_string())?;
 
@@ -76,7 +78,7 @@ fn read(bytes: &[u8], options: &DecodeOptions) -> Result<Picture, String> {
         ExtendedColorType::Cmyk8 => read_cmyk_tiff(bytes).map_err(|error| error.to_string())?,
         _ => to_rgb(DynamicImage::from_decoder(decoder).map_err(|error| error.to_string())?, deep_alpha)?,
     };
-    if let Some(colour) = facts.transparent {
+    if let Some(colour) = facts.transparent.filter(|_| options.whiten_transparent) {
         whiten(&mut rgb, colour);
     }
     upright(width, height, rgb, orientation)
@@ -116,7 +118,7 @@ fn unknown_format(bytes: &[u8]) -> String {
 
 /// The first frame of a GIF. It is read as palette indices, since its margin on the screen has one too: the
 /// transparent index, else 0. The screen grows where the frame passes it.
-fn read_gif(bytes: &[u8]) -> Result<Picture, Box<dyn std::error::Error>> {
+fn read_gif(bytes: &[u8], reading: &DecodeOptions) -> Result<Picture, Box<dyn std::error::Error>> {
     let mut options = gif::DecodeOptions::new();
     options.set_color_output(gif::ColorOutput::Indexed);
     options.set_memory_limit(gif::MemoryLimit::Bytes((HEADROOM + MAX_PIXELS).try_into()?));
@@ -142,7 +144,7 @@ fn read_gif(bytes: &[u8]) -> Result<Picture, Box<dyn std::error::Error>> {
             *to = colour(index);
         }
     }
-    if let Some(index) = transparent {
+    if let Some(index) = transparent.filter(|_| reading.whiten_transparent) {
         whiten(&mut rgb, colour(index));
     }
     Ok(Picture { width, height, rgb })

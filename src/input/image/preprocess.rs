@@ -9,8 +9,8 @@ use std::path::Path;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
-use super::Picture;
 use super::resize::{Canvas, Filter, resize_window};
+use super::{Picture, Tiles, Tiling};
 use crate::error::{Error, Result};
 
 /// CLIP's mean per channel, of values in 0..1.
@@ -51,6 +51,8 @@ enum Resize {
 pub struct Preprocess {
     /// Crop, or pad to a square first. Free to be changed.
     pub mode: ImageMode,
+    /// Whether pictures are seen in tiles, and how; then `mode` has no say. Free to be changed.
+    pub tiling: Option<Tiling>,
     resize: Resize,
     filter: Filter,
     /// Side of the square that the tower reads.
@@ -70,6 +72,7 @@ impl Preprocess {
     pub fn clip(side: usize) -> Self {
         Preprocess {
             mode: ImageMode::Crop,
+            tiling: None,
             resize: Resize::ShortestEdge(side),
             filter: Filter::Bicubic,
             side,
@@ -107,6 +110,11 @@ impl Preprocess {
                 ));
             }
         };
+        // Tiles have the tower's side already; with another size each would be resized and cropped again.
+        let as_they_are = resize == Resize::ShortestEdge(side) || resize == Resize::Exact(side, side);
+        if kind.starts_with("LlavaNextImageProcessor") && !as_they_are {
+            return Err(fields.wrong("size", "the same side as `crop_size`, as tiles are cut for it"));
+        }
         let rescale = match fields.flag("do_rescale", true)? {
             true => Some(fields.number("rescale_factor", RESCALE)?),
             false => None,
@@ -119,6 +127,7 @@ impl Preprocess {
         };
         Ok(Preprocess {
             mode: if pads { ImageMode::Pad } else { ImageMode::Crop },
+            tiling: None,
             resize,
             filter,
             side,
@@ -135,7 +144,39 @@ impl Preprocess {
         self.side
     }
 
-    /// The pixels that the tower reads, still 8-bit: [side, side, 3].
+    /// Squares that a picture of this size is seen in: 1 without tiles.
+    pub fn squares(&self, width: usize, height: usize) -> usize {
+        self.tiling.as_ref().map_or(1, |tiling| tiling.tiles(width, height).squares())
+    }
+
+    /// The squares of a picture that is seen in tiles, still 8-bit: the whole picture, whatever its aspect
+    /// ratio, then the tiles.
+    fn tiles_u8(&self, picture: &Picture, tiles: &Tiles) -> Vec<Vec<u8>> {
+        let side = self.side;
+        let resize = |(width, height)| {
+            resize_window(&Canvas::of(picture), self.filter, (width, height), (0..width, 0..height))
+        };
+        let mut squares = vec![vec![0; side * side * 3]; tiles.squares()];
+        squares[0] = resize((side, side));
+        let (width, (left, top)) = (tiles.resized.0, tiles.margin());
+        for (y, line) in resize(tiles.resized).chunks_exact(width * 3).enumerate() {
+            let y = top + y;
+            for column in 0..tiles.columns {
+                let tile = column * side;
+                // The part of the line that lies in this column of tiles.
+                let part = left.max(tile)..(left + width).min(tile + side);
+                if !part.is_empty() {
+                    let line = &line[(part.start - left) * 3..(part.end - left) * 3];
+                    let at = (y % side * side + part.start - tile) * 3;
+                    let square = &mut squares[1 + y / side * tiles.columns + column];
+                    square[at..at + line.len()].copy_from_slice(line);
+                }
+            }
+        }
+        squares
+    }
+
+    /// The one square that the tower reads when there are no tiles, still 8-bit: [side, side, 3].
     pub fn crop_u8(&self, picture: &Picture) -> Result<Vec<u8>> {
         let canvas = match self.mode {
             ImageMode::Crop => Canvas::of(picture),
@@ -182,10 +223,17 @@ impl Preprocess {
         }
     }
 
-    /// The tower's input for `picture`: [3, side, side], written to `out`.
-    pub fn pixels(&self, picture: &Picture, out: &mut [f32]) -> Result<()> {
-        self.normalise(&self.crop_u8(picture)?, out);
-        Ok(())
+    /// The tower's input for `picture`: [[`squares`](Preprocess::squares), 3, side, side].
+    pub fn pixels(&self, picture: &Picture) -> Result<Vec<f32>> {
+        let squares = match &self.tiling {
+            None => vec![self.crop_u8(picture)?],
+            Some(tiling) => self.tiles_u8(picture, &tiling.tiles(picture.width, picture.height)),
+        };
+        let mut pixels = vec![0f32; squares.len() * 3 * self.side * self.side];
+        for (square, out) in squares.iter().zip(pixels.chunks_exact_mut(3 * self.side * self.side)) {
+            self.normalise(square, out);
+        }
+        Ok(pixels)
     }
 
     /// The identity of a preprocessed picture: SHA-256 over its pixels, its size and every parameter.
@@ -207,6 +255,11 @@ impl Preprocess {
         }
         for number in [self.rescale.unwrap_or(1.0)].iter().chain(&self.mean).chain(&self.std) {
             hash.update(number.to_le_bytes());
+        }
+        if let Some(tiling) = &self.tiling {
+            for number in tiling.tiles(picture.width, picture.height).numbers() {
+                hash.update((number as u64).to_le_bytes());
+            }
         }
         hash.update(&picture.rgb);
         hash.finalize().into()

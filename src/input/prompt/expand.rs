@@ -46,6 +46,30 @@ pub fn expand(ids: &[u32], image_token: Option<u32>, tokens_per_image: &[usize])
     })
 }
 
+/// The prompt of a text that was cut at its images and tokenised piece by piece, as the original LLaVA does:
+/// between two pieces stand as many `filler`s as the image has tokens. No embedding of a filler is looked up.
+///
+/// # Errors
+/// [`Error::Prompt`] with both counts, if there is not one image between each two pieces.
+pub fn splice(pieces: &[Vec<u32>], filler: u32, tokens_per_image: &[usize]) -> Result<Prompt> {
+    let placeholders = pieces.len().saturating_sub(1);
+    if placeholders != tokens_per_image.len() {
+        return Err(Error::Prompt(format!(
+            "{} images were given, but {placeholders} image placeholders were found; expected one for each image",
+            tokens_per_image.len(),
+        )));
+    }
+    let mut prompt = Prompt::default();
+    for (i, piece) in pieces.iter().enumerate() {
+        if let Some(&len) = i.checked_sub(1).and_then(|before| tokens_per_image.get(before)) {
+            prompt.images.push(ImageSpan { start: prompt.ids.len(), len });
+            prompt.ids.resize(prompt.ids.len() + len, filler);
+        }
+        prompt.ids.extend_from_slice(piece);
+    }
+    Ok(prompt)
+}
+
 fn expand_each(ids: &[u32], image_token: u32, tokens_per_image: &[usize]) -> Prompt {
     let mut prompt = Prompt::default();
     let mut lengths = tokens_per_image.iter();

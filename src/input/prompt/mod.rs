@@ -4,16 +4,22 @@
 //! A conversation goes through the checkpoint's chat template ([`ChatTemplate`]), the text through its
 //! tokenizer ([`Tokenizer`]), and each image's placeholder becomes the image's tokens ([`expand`]). What
 //! users write is text and nothing else: it is never a placeholder or a control token.
+//!
+//! CLIP's text tower reads no conversations, and has a tokenizer of its own ([`ClipTokenizer`]).
 
+mod clip;
 mod expand;
 mod functions;
 mod message;
+mod sentencepiece;
 mod stop;
 mod stream;
+mod styles;
 mod template;
 mod tokenizer;
 
-pub use expand::{ImageSpan, Prompt, expand};
+pub use clip::{ClipTokenizer, ClipTokens};
+pub use expand::{ImageSpan, Prompt, expand, splice};
 pub use message::{Content, Conversation, IMAGE_MARK, ImageSource, Message, Part};
 pub use stop::StopStrings;
 pub use stream::TextStream;
@@ -22,18 +28,35 @@ pub use tokenizer::Tokenizer;
 
 use crate::error::{Error, Result};
 use crate::folder::Folder;
+use std::ops::Range;
 
 /// Makes prompts for one model.
 pub struct Prompter {
     template: ChatTemplate,
     tokenizer: Tokenizer,
-    image_token: Option<ImageToken>,
+    pictures: Pictures,
 }
 
-/// The image placeholder: its id, and how it is written.
-struct ImageToken {
-    id: u32,
-    text: String,
+/// How a text says where its pictures are.
+enum Pictures {
+    /// It has none: the model reads text only.
+    None,
+    /// A token of the vocabulary stands for a picture, as in transformers: the text is tokenised as a whole.
+    Token {
+        /// Its id.
+        id: u32,
+        /// How it is written.
+        text: String,
+    },
+    /// The text is cut where a mark stands and each piece is tokenised by itself, as in the original.
+    Cut {
+        /// What is cut out.
+        at: String,
+        /// What templates write for a picture: the mark, perhaps between two tokens of its own.
+        written: String,
+        /// The id in the prompt at a picture's rows, which is never looked up.
+        filler: u32,
+    },
 }
 
 impl Prompter {
@@ -45,9 +68,57 @@ impl Prompter {
     /// malformed, or does not fit the model.
     pub fn load(folder: &Folder, vocab_size: usize, image_token: Option<u32>) -> Result<Self> {
         let tokenizer = Tokenizer::load(folder, vocab_size, image_token)?;
-        let image_token =
-            image_token.map(|id| ImageToken { id, text: tokenizer.token(id).unwrap_or_default() });
-        Ok(Prompter { template: ChatTemplate::load(folder)?, tokenizer, image_token })
+        let pictures = match image_token {
+            None => Pictures::None,
+            Some(id) => Pictures::Token { id, text: tokenizer.token(id).unwrap_or_default() },
+        };
+        Ok(Prompter { template: ChatTemplate::load(folder)?, tokenizer, pictures })
+    }
+
+    /// Template and tokenizer of an original LLaVA. `model` is its name, which tells the template. If there are
+    /// `picture_tokens`, a vocabulary that lacks them gets them, in this order, and a picture stands between
+    /// `<im_start>` and `<im_end>`.
+    ///
+    /// # Errors
+    /// As for [`load`](Self::load), and [`Error::Tokenizer`] if the embedding has no rows for those tokens.
+    pub fn load_original(
+        folder: &Folder,
+        vocab_size: usize,
+        model: &str,
+        picture_tokens: &[&str],
+    ) -> Result<Self> {
+        let mut tokenizer = Tokenizer::load(folder, vocab_size, None)?;
+        tokenizer.add_special(picture_tokens, vocab_size)?;
+        let written = match picture_tokens {
+            [] => IMAGE_MARK.to_string(),
+            _ => format!("<im_start>{IMAGE_MARK}<im_end>"),
+        };
+        let pictures = Pictures::Cut { at: IMAGE_MARK.into(), written, filler: 0 };
+        Ok(Prompter { template: ChatTemplate::of_original(model, folder)?, tokenizer, pictures })
+    }
+
+    /// The same, but text beside a picture is tokenised as the original does, piece by piece.
+    pub fn cut_at_pictures(self) -> Self {
+        let pictures = match self.pictures {
+            Pictures::Token { id, text } => Pictures::Cut { at: text.clone(), written: text, filler: id },
+            other => other,
+        };
+        Prompter { pictures, ..self }
+    }
+
+    /// Whether the text beside a picture is tokenised piece by piece.
+    pub fn cuts_at_pictures(&self) -> bool {
+        matches!(self.pictures, Pictures::Cut { .. })
+    }
+
+    /// The id of a token that ends an answer because the template says so.
+    pub fn stop_token(&self) -> Option<u32> {
+        self.tokenizer.id(self.template.stop()?)
+    }
+
+    /// Words that end an answer because the template says so.
+    pub fn stop_words(&self) -> Option<&'static str> {
+        self.template.stop().filter(|stop| self.tokenizer.id(stop).is_none())
     }
 
     /// The same with another template than the checkpoint's.
@@ -71,7 +142,12 @@ impl Prompter {
     /// # Errors
     /// Those of [`ChatTemplate::render`].
     pub fn render(&self, messages: &[Message]) -> Result<Rendered> {
-        self.template.render(messages, self.image_token.as_ref().map_or(IMAGE_MARK, |token| &token.text))
+        let written = match &self.pictures {
+            Pictures::None => IMAGE_MARK,
+            Pictures::Token { text, .. } => text,
+            Pictures::Cut { written, .. } => written,
+        };
+        self.template.render(messages, written)
     }
 
     /// The prompt of a conversation. `tokens_per_image` has an entry for each image in it, in order.
@@ -88,9 +164,8 @@ impl Prompter {
             Some(user) => user,
             None => self.without_control_tokens(messages)?,
         };
-        let add_special = self.image_token.is_some() || self.template.is_built_in();
-        let ids = self.tokenizer.encode_with_user_text(&rendered.text, &user, add_special)?;
-        self.expand(&ids, tokens_per_image)
+        let add_special = !matches!(self.pictures, Pictures::None) || self.template.is_built_in();
+        self.prompt(&rendered.text, &user, add_special, tokens_per_image)
     }
 
     /// The prompt of a text that is taken verbatim: `<image>` is a placeholder, and special tokens are
@@ -99,21 +174,51 @@ impl Prompter {
     /// # Errors
     /// Those of [`Tokenizer::encode`] and [`expand`].
     pub fn raw(&self, text: &str, tokens_per_image: &[usize]) -> Result<Prompt> {
-        let ids = match &self.image_token {
-            Some(token) => self.tokenizer.encode(&text.replace(IMAGE_MARK, &token.text), true)?,
-            None => self.tokenizer.encode(text, true)?,
-        };
-        self.expand(&ids, tokens_per_image)
+        match &self.pictures {
+            Pictures::None => self.prompt(text, &[], true, tokens_per_image),
+            Pictures::Token { text: mark, .. } | Pictures::Cut { at: mark, .. } => {
+                self.prompt(&text.replace(IMAGE_MARK, mark), &[], true, tokens_per_image)
+            }
+        }
     }
 
-    fn expand(&self, ids: &[u32], tokens_per_image: &[usize]) -> Result<Prompt> {
-        expand(ids, self.image_token.as_ref().map(|token| token.id), tokens_per_image)
+    /// The prompt of `text`, of which the ranges `user` are plain text.
+    fn prompt(
+        &self,
+        text: &str,
+        user: &[Range<usize>],
+        add_special: bool,
+        tokens_per_image: &[usize],
+    ) -> Result<Prompt> {
+        let whole = || self.tokenizer.encode_with_user_text(text, user, add_special);
+        match &self.pictures {
+            Pictures::None => expand(&whole()?, None, tokens_per_image),
+            Pictures::Token { id, .. } => expand(&whole()?, Some(*id), tokens_per_image),
+            Pictures::Cut { at, filler, .. } => {
+                let mut pieces = Vec::new();
+                for piece in cut(text, user, at) {
+                    let inside =
+                        user.iter().filter(|user| piece.start <= user.start && user.end <= piece.end);
+                    let inside: Vec<_> =
+                        inside.map(|user| user.start - piece.start..user.end - piece.start).collect();
+                    // BOS stands before the first piece alone.
+                    let add_special = add_special && pieces.is_empty();
+                    pieces.push(self.tokenizer.encode_with_user_text(&text[piece], &inside, add_special)?);
+                }
+                splice(&pieces, *filler, tokens_per_image)
+            }
+        }
     }
 
     /// No range at all, if no text of `messages` holds a control token.
     fn without_control_tokens(&self, messages: &[Message]) -> Result<Vec<std::ops::Range<usize>>> {
         let texts = || messages.iter().flat_map(Message::texts);
-        match self.tokenizer.control_tokens().find(|token| texts().any(|text| text.contains(token))) {
+        let mark = match &self.pictures {
+            Pictures::Cut { at, .. } => Some(at.as_str()),
+            Pictures::None | Pictures::Token { .. } => None,
+        };
+        let mut control = self.tokenizer.control_tokens().chain(mark);
+        match control.find(|token| texts().any(|text| text.contains(token))) {
             None => Ok(Vec::new()),
             Some(token) => Err(Error::Prompt(format!(
                 "a text holds {token:?}, and the chat template {} changes texts in a way that hides whose it \
@@ -122,4 +227,19 @@ impl Prompter {
             ))),
         }
     }
+}
+
+/// The pieces of `text` between the places where `mark` stands outside the ranges `user`.
+fn cut(text: &str, user: &[Range<usize>], mark: &str) -> Vec<Range<usize>> {
+    let mut pieces = Vec::new();
+    let mut start = 0;
+    for (at, _) in text.match_indices(mark) {
+        let span = at..at + mark.len();
+        if !tokenizer::overlaps(&span, user) {
+            pieces.push(start..span.start);
+            start = span.end;
+        }
+    }
+    pieces.push(start..text.len());
+    pieces
 }

@@ -8,6 +8,7 @@ use minijinja::{AutoEscape, Environment, context};
 use serde_json::{Map, Value, json};
 
 use super::message::{Content, Message, Part};
+use super::styles::Style;
 use super::{functions, message};
 use crate::error::{Error, Result};
 use crate::folder::{Folder, read_file};
@@ -35,7 +36,8 @@ pub struct ChatTemplate {
     /// `bos_token` and its like, for the template to write.
     special_tokens: Map<String, Value>,
     takes: ContentForm,
-    built_in: bool,
+    /// What a built-in template is filled with.
+    style: Option<&'static Style>,
 }
 
 /// The form of a message's content that a template reads; the other form it drops or fails on.
@@ -68,41 +70,55 @@ impl ChatTemplate {
         let special_tokens = special_tokens(folder)?;
         if let Some(bytes) = folder.read(JINJA)? {
             let file = folder.path(JINJA);
-            return Self::compile(&file.display().to_string(), text(bytes, &file)?, special_tokens);
+            return Self::compile(&file.display().to_string(), text(bytes, &file)?, special_tokens, None);
         }
         for name in ["chat_template.json", "tokenizer_config.json"] {
             let file = folder.path(name);
             let config = read_object(folder, name)?;
             if let Some(template) = config.get("chat_template").filter(|template| !template.is_null()) {
                 let source = default_source(template, &file)?;
-                return Self::compile(&file.display().to_string(), source, special_tokens);
+                return Self::compile(&file.display().to_string(), source, special_tokens, None);
             }
         }
-        Self::vicuna(special_tokens)
+        Self::built_in(Style::vicuna(), special_tokens)
     }
 
-    /// The template that a user names instead of the checkpoint's: `vicuna`, or a Jinja file. The special
-    /// tokens it may write are still those of the checkpoint in `folder`.
+    /// The template of an original LLaVA, which the name of its folder tells. Templates in its files are those
+    /// of the language model that it was made from, and not looked at.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] if `tokenizer_config.json` is malformed.
+    pub fn of_original(model: &str, folder: &Folder) -> Result<Self> {
+        Self::built_in(Style::of_original(model), special_tokens(folder)?)
+    }
+
+    /// The template that a user names instead of the checkpoint's: a conversation style (`vicuna`, `v1`,
+    /// `llava_v1`, `llava_v0`, `llava_llama_2`, `mistral_instruct`, `chatml_direct`, `mpt`, `plain`), or a Jinja
+    /// file. The special tokens it may write are still those of the checkpoint in `folder`.
     ///
     /// # Errors
     /// [`Error::Option`] if it is neither, [`Error::Template`] if it is malformed.
     pub fn named(name: &str, folder: &Folder) -> Result<Self> {
         let special_tokens = special_tokens(folder)?;
-        if name == "vicuna" {
-            return Self::vicuna(special_tokens);
+        if let Some(style) = Style::find(name) {
+            return Self::built_in(style, special_tokens);
         }
         match read_file(Path::new(name))? {
-            Some(bytes) => Self::compile(name, text(bytes, Path::new(name))?, special_tokens),
-            None => Err(Error::option("--template", "vicuna or a Jinja file", name)),
+            Some(bytes) => Self::compile(name, text(bytes, Path::new(name))?, special_tokens, None),
+            None => Err(Error::option("--template", format!("{} or a Jinja file", Style::list()), name)),
         }
     }
 
-    fn vicuna(special_tokens: Map<String, Value>) -> Result<Self> {
-        let template = Self::compile("vicuna", include_str!("vicuna.jinja").into(), special_tokens)?;
-        Ok(ChatTemplate { built_in: true, ..template })
+    fn built_in(style: &'static Style, special_tokens: Map<String, Value>) -> Result<Self> {
+        Self::compile(style.names[0], style.source.into(), special_tokens, Some(style))
     }
 
-    fn compile(name: &str, source: String, special_tokens: Map<String, Value>) -> Result<Self> {
+    fn compile(
+        name: &str,
+        source: String,
+        special_tokens: Map<String, Value>,
+        style: Option<&'static Style>,
+    ) -> Result<Self> {
         if source.len() > MAX_TEMPLATE {
             let problem = format!("{} bytes long, expected at most {MAX_TEMPLATE}", source.len());
             return Err(Error::Template { name: name.into(), problem });
@@ -121,7 +137,7 @@ impl ChatTemplate {
             environment,
             special_tokens,
             takes: ContentForm::Either,
-            built_in: false,
+            style,
         };
         template.takes = template.probe();
         Ok(template)
@@ -166,14 +182,19 @@ impl ChatTemplate {
         Ok(Rendered { text, user })
     }
 
-    /// Where the template came from: a file, or `vicuna`.
+    /// Where the template came from: a file, or the name of a style.
     pub fn name(&self) -> &str {
         &self.name
     }
 
     /// Whether this is no checkpoint's or user's template: it leaves BOS to the tokenizer.
     pub(super) fn is_built_in(&self) -> bool {
-        self.built_in
+        self.style.is_some()
+    }
+
+    /// What ends an answer in this style, besides the model's end tokens: a token, or words.
+    pub fn stop(&self) -> Option<&'static str> {
+        self.style?.stop
     }
 
     fn run(&self, messages: Value) -> Result<String> {
@@ -184,6 +205,8 @@ impl ChatTemplate {
                 add_generation_prompt => true,
                 tools => (),
                 documents => (),
+                system => self.style.map_or("", |style| style.system),
+                separator => self.style.map_or("", |style| style.separator),
                 ..minijinja::Value::from_serialize(&self.special_tokens)
             };
             self.environment.get_template("template")?.render_captured_to(context, &mut out).map(|_| ())

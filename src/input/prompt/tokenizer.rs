@@ -1,4 +1,5 @@
-//! `tokenizer.json`, exactly as written: text to ids, and the pieces that ids stand for.
+//! `tokenizer.json`, exactly as written, or `tokenizer.model`, rewritten as one: text to ids, and the pieces
+//! that ids stand for.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -11,6 +12,7 @@ use tokenizers::{
     Token,
 };
 
+use super::sentencepiece;
 use super::stream::{Decoder, TextStream};
 use crate::error::{Error, Result};
 use crate::folder::Folder;
@@ -30,7 +32,7 @@ pub struct Tokenizer {
 type AddedSpan = (Range<usize>, u32);
 
 impl Tokenizer {
-    /// Reads `tokenizer.json`. Nothing is rewritten (`legacy` flags of other files are not looked at);
+    /// Reads `tokenizer.json`, or `tokenizer.model` where there is none. Nothing is rewritten (`legacy` flags of other files are not looked at);
     /// truncation and padding are switched off, because a prompt is one sequence and must stay whole.
     /// `image_token` is the id of the model's image placeholder.
     ///
@@ -38,16 +40,8 @@ impl Tokenizer {
     /// [`Error::Tokenizer`] if the file is missing or malformed, makes ids of `vocab_size` or more,
     /// lacks the image token, or decodes in a way no LLaMA-family tokenizer does.
     pub fn load(folder: &Folder, vocab_size: usize, image_token: Option<u32>) -> Result<Self> {
-        const FILE: &str = "tokenizer.json";
-        let file = folder.path(FILE);
+        let (file, bytes) = read(folder)?;
         let error = |problem: String| Error::Tokenizer { file: file.clone(), problem };
-        let bytes = folder.read(FILE)?.ok_or_else(|| {
-            error(
-                "not found; a checkpoint needs its tokenizer.json (a tokenizer.model alone is not read: \
-                 load it with transformers' AutoTokenizer and save it again)"
-                    .into(),
-            )
-        })?;
         let malformed =
             |e: String| error(format!("expected a tokenizer as the `tokenizers` library writes it: {e}"));
         // Of a file that is cut off the library makes a panic, which is caught but not silent.
@@ -107,6 +101,33 @@ impl Tokenizer {
         let mut text: String = ids.iter().map(|&id| stream.push(id)).collect();
         text.push_str(&stream.finish());
         text
+    }
+
+    /// Makes `tokens` special; those that the vocabulary lacks are appended to it in this order.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] if one would have an id of `vocab_size` or more.
+    pub(super) fn add_special(&mut self, tokens: &[&str], vocab_size: usize) -> Result<()> {
+        for &text in tokens {
+            let token = AddedToken::from(text, true).normalized(false);
+            self.inner.add_special_tokens(std::slice::from_ref(&token));
+            match self.id(text).filter(|&id| (id as usize) < vocab_size) {
+                Some(id) => self.control.insert(id, token),
+                None => {
+                    let problem = format!(
+                        "lacks {text}, for which the model's embedding has no row, although its config.json asks for \
+                         it (mm_use_im_start_end); add the added_tokens.json that belongs to the model"
+                    );
+                    return Err(Error::Tokenizer { file: self.file.clone(), problem });
+                }
+            };
+        }
+        Ok(())
+    }
+
+    /// The id of a token.
+    pub(super) fn id(&self, token: &str) -> Option<u32> {
+        self.inner.token_to_id(token)
     }
 
     /// The token `id` as the vocabulary spells it; `None` if there is no such id.
@@ -219,9 +240,24 @@ impl Tokenizer {
     }
 }
 
+/// A tokenizer's file and the JSON that it holds or means.
+fn read(folder: &Folder) -> Result<(PathBuf, Vec<u8>)> {
+    const FILE: &str = "tokenizer.json";
+    if let Some(bytes) = folder.read(FILE)? {
+        return Ok((folder.path(FILE), bytes));
+    }
+    match sentencepiece::as_json(folder)? {
+        Some(bytes) => Ok((folder.path("tokenizer.model"), bytes)),
+        None => Err(Error::Tokenizer {
+            file: folder.path(FILE),
+            problem: "not found, nor a tokenizer.model; a checkpoint needs one of them".into(),
+        }),
+    }
+}
+
 /// Runs the tokenizers library, which takes some malformed files (a merge shorter than the subword prefix,
 /// to name one) for impossible and panics.
-fn guarded<T>(work: impl FnOnce() -> tokenizers::Result<T>) -> std::result::Result<T, String> {
+pub(super) fn guarded<T>(work: impl FnOnce() -> tokenizers::Result<T>) -> std::result::Result<T, String> {
     match catch_unwind(AssertUnwindSafe(work)) {
         Ok(result) => result.map_err(|e| e.to_string()),
         Err(_) => Err("the file contradicts itself".into()),
@@ -253,7 +289,7 @@ fn trimmed(text: &str, span: Range<usize>) -> Range<usize> {
 }
 
 /// Whether `span` shares a byte with one of the sorted, disjoint `ranges`.
-fn overlaps(span: &Range<usize>, ranges: &[Range<usize>]) -> bool {
+pub(super) fn overlaps(span: &Range<usize>, ranges: &[Range<usize>]) -> bool {
     let next = ranges.partition_point(|range| range.end <= span.start);
     ranges.get(next).is_some_and(|range| range.start < span.end)
 }

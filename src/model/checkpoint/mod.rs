@@ -1,7 +1,10 @@
-//! Opening a directory of safetensors files. Only headers are read; the data is mapped and used in
-//! place, so opening 14 GB takes as long as opening 14 MB and makes nothing resident.
+//! Opening a directory of safetensors or PyTorch files. Only headers are read; the data is mapped and used
+//! in place, so opening 14 GB takes as long as opening 14 MB and makes nothing resident.
 
 mod header;
+mod pickle;
+mod torch;
+mod zip;
 
 use super::json;
 use super::weights::{Source, TensorInfo, Weights};
@@ -27,12 +30,15 @@ pub enum LoadMode {
 }
 
 impl Weights {
-    /// Opens the safetensors checkpoint in `folder`: `model.safetensors`, or the shards that
-    /// `model.safetensors.index.json` lists, or else the only `*.safetensors` file there is.
+    /// Opens the checkpoint in `folder`: `model.safetensors`, or the shards that
+    /// `model.safetensors.index.json` lists, or else `pytorch_model.bin` or its shards, or else the only
+    /// `*.safetensors` file there is. Where these have no projector, `mm_projector.bin` adds it, in which the first
+    /// stage of LLaVA's training leaves it.
     ///
     /// # Errors
     /// [`Error::Io`] and [`Error::Checkpoint`], naming the file and the tensor: malformed headers,
-    /// shards that are missing or contradict the index, two tensors of one name.
+    /// shards that are missing or contradict the index, two tensors of one name, a pickle that holds
+    /// something else than tensors.
     pub fn open(folder: &Folder, mode: LoadMode) -> Result<Weights> {
         match folder {
             Folder::Directory(dir) => Self::open_directory(dir, mode),
@@ -40,43 +46,83 @@ impl Weights {
         }
     }
 
+    /// Opens one file: safetensors, or PyTorch's if its name ends in `.bin`, `.pt` or `.pth`.
+    ///
+    /// # Errors
+    /// As for [`open`](Self::open).
+    pub fn open_file(path: &Path, mode: LoadMode) -> Result<Weights> {
+        let mut files = Files::default();
+        files.open(path, mode)?;
+        Weights::new(path.into(), files.sources, files.tensors)
+    }
+
+    /// Opens the weights that lie in `dir` in a file called `stem`, as adapters do, if there is one:
+    /// safetensors, or else PyTorch's.
+    pub(in crate::model) fn open_named(dir: &Path, stem: &str, mode: LoadMode) -> Result<Option<Weights>> {
+        let paths = ["safetensors", "bin"].map(|extension| dir.join(format!("{stem}.{extension}")));
+        paths.iter().find(|path| path.exists()).map(|path| Self::open_file(path, mode)).transpose()
+    }
+
     fn open_directory(dir: &Path, mode: LoadMode) -> Result<Weights> {
         let found = find_files(dir)?;
-        let mut sources = Vec::new();
-        let mut tensors = Vec::new();
+        let mut files = Files::default();
         for path in &found.files {
-            add(
-                Source { path: path.clone(), storage: Arc::new(open_file(path, mode)?) },
-                &mut sources,
-                &mut tensors,
-            )?;
+            files.open(path, mode)?;
         }
         if let Some(index) = &found.index {
-            index.check(&found.files, &tensors)?;
+            index.check(&files)?;
         }
-        Weights::new(dir.into(), sources, tensors)
+        let weights = Weights::new(dir.into(), files.sources, files.tensors)?;
+        let projector = dir.join("mm_projector.bin");
+        match projector.exists() && !weights.has_part("projector.") {
+            true => weights.with_part("projector.", Self::open_file(&projector, mode)?),
+            false => Ok(weights),
+        }
     }
 
     /// The one safetensors file among files that are part of the program: used in place like any other.
     fn open_built_in(name: &str, files: &[(&str, &'static [u8])]) -> Result<Weights> {
-        let (mut sources, mut tensors) = (Vec::new(), Vec::new());
+        let mut found = Files::default();
         for (file, bytes) in files.iter().filter(|(file, _)| file.ends_with(".safetensors")) {
-            let storage = Arc::new(Storage::BuiltIn(bytes));
-            add(Source { path: Path::new(name).join(file), storage }, &mut sources, &mut tensors)?;
+            found.add(Path::new(name).join(file), Storage::BuiltIn(bytes))?;
         }
-        Weights::new(name.into(), sources, tensors)
+        Weights::new(name.into(), found.sources, found.tensors)
     }
 }
 
-/// Adds a file and the tensors that its header lists.
-fn add(source: Source, sources: &mut Vec<Source>, tensors: &mut Vec<TensorInfo>) -> Result<()> {
-    let file = sources.len();
-    for entry in header::parse(source.storage.as_bytes(), &source.path)? {
-        let header::Entry { name, dtype, shape, range } = entry;
-        tensors.push(TensorInfo { name, dtype, shape, offset: range.start, bytes: range.len(), file });
+/// Files that were opened, and the tensors that their headers list.
+#[derive(Default)]
+struct Files {
+    sources: Vec<Source>,
+    tensors: Vec<TensorInfo>,
+}
+
+impl Files {
+    fn open(&mut self, path: &Path, mode: LoadMode) -> Result<()> {
+        self.add(path.into(), open_file(path, mode)?)
     }
-    sources.push(source);
-    Ok(())
+
+    fn add(&mut self, path: PathBuf, storage: Storage) -> Result<()> {
+        if !torch::is_torch(&path) {
+            let entries = header::parse(storage.as_bytes(), &path)?;
+            self.push(path, storage, entries);
+            return Ok(());
+        }
+        let contents = torch::parse(storage.as_bytes(), &path)?;
+        self.push(path.clone(), storage, contents.mapped);
+        if !contents.copied.is_empty() {
+            self.push(path, Storage::Owned(contents.copies.into()), contents.copied);
+        }
+        Ok(())
+    }
+
+    fn push(&mut self, path: PathBuf, storage: Storage, entries: Vec<header::Entry>) {
+        let file = self.sources.len();
+        self.tensors.extend(entries.into_iter().map(|header::Entry { name, dtype, shape, range }| {
+            TensorInfo { name, dtype, shape, offset: range.start, bytes: range.len(), file }
+        }));
+        self.sources.push(Source { path, storage: Arc::new(storage) });
+    }
 }
 
 /// The files of a checkpoint.
@@ -85,32 +131,42 @@ struct Found {
     index: Option<Index>,
 }
 
-/// `*.safetensors.index.json`.
+/// `*.safetensors.index.json` or `*.bin.index.json`.
 struct Index {
     path: PathBuf,
     /// Tensor to file, relative to the directory.
     weight_map: BTreeMap<String, PathBuf>,
 }
 
-/// Looks as transformers does: the single file, then the index; then whatever is unambiguous.
+/// Looks as transformers does: the single file, then the index, safetensors before PyTorch; then whatever is
+/// unambiguous.
 fn find_files(dir: &Path) -> Result<Found> {
-    let single = dir.join("model.safetensors");
-    let index = dir.join("model.safetensors.index.json");
-    if single.exists() {
-        return Ok(Found { files: vec![single], index: None });
-    }
-    if index.exists() {
-        return Index::read(dir, index);
+    for file in ["model.safetensors", "pytorch_model.bin"] {
+        let (single, index) = (dir.join(file), dir.join(format!("{file}.index.json")));
+        if single.exists() {
+            return Ok(Found { files: vec![single], index: None });
+        }
+        if index.exists() {
+            return Index::read(dir, index);
+        }
     }
     let names = list(dir)?;
     let ending = |suffix: &str| names.iter().filter(|name| name.ends_with(suffix)).collect::<Vec<_>>();
     match (ending(".safetensors.index.json").as_slice(), ending(".safetensors").as_slice()) {
         ([index], _) => Index::read(dir, dir.join(index)),
         ([], [file]) => Ok(Found { files: vec![dir.join(file)], index: None }),
-        ([], []) if !ending(".bin").is_empty() || !ending(".gguf").is_empty() => {
-            Err(Error::checkpoint(dir, "holds PyTorch or GGUF weights; only safetensors can be read"))
+        ([], []) if !ending(".gguf").is_empty() => {
+            Err(Error::checkpoint(dir, "holds GGUF weights; only safetensors and PyTorch files can be read"))
         }
-        ([], []) => Err(Error::checkpoint(dir, "has no model.safetensors, nor an index of shards")),
+        ([], []) if !ending(".bin").is_empty() => Err(Error::checkpoint(
+            dir,
+            "has neither model.safetensors nor pytorch_model.bin, nor an index of shards; a projector or an adapter \
+             alone is no model: put it beside the weights of the language model",
+        )),
+        ([], []) => Err(Error::checkpoint(
+            dir,
+            "has neither model.safetensors nor pytorch_model.bin, nor an index of shards",
+        )),
         (_, files) => {
             let count = files.len();
             let problem =
@@ -168,10 +224,10 @@ impl Index {
     }
 
     /// Every tensor of the index must be in the shard it says, and in no other.
-    fn check(&self, files: &[PathBuf], tensors: &[TensorInfo]) -> Result<()> {
+    fn check(&self, files: &Files) -> Result<()> {
         let mut homes: BTreeMap<&str, &Path> = BTreeMap::new();
-        for tensor in tensors {
-            let file = files[tensor.file].as_path();
+        for tensor in &files.tensors {
+            let file = files.sources[tensor.file].path.as_path();
             if let Some(other) = homes.insert(&tensor.name, file) {
                 let problem = format!("`{}` is in {} as well", tensor.name, other.display());
                 return Err(Error::checkpoint(file, problem));
@@ -199,8 +255,8 @@ fn stays_inside(file: &Path) -> bool {
 fn family(name: &str) -> Option<(&str, &str)> {
     let (numbered, total) = name.split_once("-of-")?;
     let (stem, number) = numbered.rsplit_once('-')?;
-    let is_shard = number.bytes().all(|digit| digit.is_ascii_digit()) && total.ends_with(".safetensors");
-    is_shard.then_some((stem, total))
+    let is_shard = number.bytes().all(|digit| digit.is_ascii_digit());
+    (is_shard && (total.ends_with(".safetensors") || total.ends_with(".bin"))).then_some((stem, total))
 }
 
 fn open_file(path: &Path, mode: LoadMode) -> Result<Storage> {

@@ -2,26 +2,38 @@
 //! in and every number within sane bounds.
 //!
 //! Older savers omit whatever equals the class default, so the defaults here are those of transformers'
-//! `LlavaConfig`, `LlamaConfig`, `MistralConfig` and `CLIPVisionConfig`, and not those of any one model.
+//! `LlavaConfig`, `LlavaNextConfig`, `LlamaConfig`, `MistralConfig` and `CLIPVisionConfig`, and not those of
+//! any one model. The original LLaVA's configurations have keys and defaults of their own, in [`original`].
 //! Keys that were renamed over the years (`torch_dtype`, `rope_theta`, `image_token_id`, ...) are read
 //! in all their spellings.
 
+mod clip;
+mod family;
 mod generation;
+mod original;
 mod rope;
 mod text;
+mod tiling;
 mod vision;
 
+pub use clip::{ClipConfig, ClipTextConfig, Pooling};
 pub use generation::GenerationConfig;
 pub use rope::{Rope, RopeScaling};
 pub use text::TextConfig;
+pub use tiling::{check_processor_tiling, original_tiling};
 pub use vision::VisionConfig;
+
+use family::Family;
 
 use super::json::{self, MAX_TOKEN_ID, Section};
 use crate::error::Result;
 use crate::folder::Folder;
+use crate::input::image::Tiling;
 use crate::tensor::DType;
 use serde_json::{Map, Value};
 use std::path::Path;
+
+const FILE: &str = "config.json";
 
 /// A model: a LLaMA, and for LLaVA the tower and the projector before it.
 #[derive(Clone, Debug, PartialEq)]
@@ -30,28 +42,56 @@ pub struct ModelConfig {
     pub vision: Option<VisionConfig>,
     /// What turns tower features into embeddings.
     pub projector: Option<ProjectorConfig>,
-    /// The id that stands for one image row in a prompt.
+    /// The id that stands for one image row in a prompt. The original LLaVA has none.
     pub image_token_id: Option<u32>,
     /// Which hidden states of the tower the projector sees, side by side. Index 0 is the embedding after
     /// `pre_layrnorm`, index i the output of block i, counted from 1. Negative layers are resolved.
     pub feature_layers: Vec<usize>,
     /// Which rows of those hidden states the projector sees.
     pub select: SelectStrategy,
+    /// Whether pictures are padded to a square where nothing else says so (`image_aspect_ratio`).
+    pub pads: bool,
+    /// Tokens that the original appends to its vocabulary, in this order, if a picture is to stand between
+    /// `<im_start>` and `<im_end>`; else none.
+    pub picture_tokens: &'static [&'static str],
+    /// Whose code the checkpoint was made for.
+    pub reference: Reference,
+    /// How pictures are seen in tiles, by a LLaVA-NeXT; without it each is one square.
+    pub tiling: Option<Tiling>,
     /// The language model.
     pub text: TextConfig,
     /// The dtype the checkpoint claims to be in. A hint: each tensor carries its own.
     pub dtype: Option<DType>,
 }
 
-/// `linear_2(gelu(linear_1(x)))`, with the exact, erf form of GELU.
+/// Whose numbers are meant where two programs that run LLaVA differ: which way up a picture is, how it
+/// becomes a square, how the text beside it is tokenised, and what a repetition penalty counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reference {
+    /// Hugging Face's transformers.
+    Transformers,
+    /// The code that LLaVA was published with.
+    Original,
+}
+
+/// Linear layers with the exact, erf form of GELU between them.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ProjectorConfig {
     /// Columns of its input: the tower's width times the number of feature layers.
     pub input_size: usize,
     /// Columns of its output, the language model's width.
     pub hidden_size: usize,
-    /// Whether both linear layers have a bias.
+    /// How many linear layers: 2 in LLaVA-1.5, 1 in the first LLaVA, 0 is the identity.
+    pub layers: usize,
+    /// Whether the linear layers have a bias.
     pub bias: bool,
+}
+
+impl ProjectorConfig {
+    /// Columns of each layer's input.
+    pub fn inputs(&self) -> impl Iterator<Item = usize> {
+        std::iter::once(self.input_size).chain(std::iter::repeat(self.hidden_size)).take(self.layers)
+    }
 }
 
 /// Which rows of a tower's hidden state are used.
@@ -66,33 +106,60 @@ pub enum SelectStrategy {
 impl ModelConfig {
     /// Reads `config.json` in `folder`.
     pub fn load(folder: &Folder) -> Result<Self> {
-        const FILE: &str = "config.json";
-        Self::from_json(&json::read_object(folder, FILE)?, &folder.path(FILE))
+        Self::load_with_tower(folder, None)
+    }
+
+    /// Reads `config.json` in `folder`; `tower` is the folder of a vision tower that is apart from the
+    /// model, whose `config.json` is read as well.
+    pub fn load_with_tower(folder: &Folder, tower: Option<&Folder>) -> Result<Self> {
+        let tower = tower.map(VisionConfig::load).transpose()?;
+        let (map, file) = (json::read_object(folder, FILE)?, folder.path(FILE));
+        Self::parse(&Section::root(&file, &map), tower)
     }
 
     /// Reads a configuration that came from `file`, which is named in errors.
     pub fn from_json(map: &Map<String, Value>, file: &Path) -> Result<Self> {
-        let root = Section::root(file, map);
+        Self::parse(&Section::root(file, map), None)
+    }
+
+    /// What the checkpoint in `folder` calls the vision tower that it expects to find elsewhere; `None` for
+    /// checkpoints that have theirs inside.
+    pub fn tower_name(folder: &Folder) -> Result<Option<String>> {
+        let (map, file) = (json::read_object(folder, FILE)?, folder.path(FILE));
+        Ok(original::tower_name(&Section::root(&file, &map))?.map(String::from))
+    }
+
+    fn parse(root: &Section, tower: Option<VisionConfig>) -> Result<Self> {
         if root.get("quantization_config").is_some() {
             return Err(root.error("quantization_config", "none: weights are f16, bf16 or f32"));
         }
-        match Family::of(&root)? {
-            Family::Llava => Self::llava(&root, file),
+        match Family::of(root)? {
+            Family::Llava => Self::llava(root),
+            Family::LlavaNext => {
+                let config = Self::llava(root)?;
+                let tiling = tiling::hugging_face(root, &config)?;
+                Ok(ModelConfig { tiling: Some(tiling), ..config })
+            }
+            Family::Original => Self::original(root, tower),
             Family::Text => Ok(ModelConfig {
                 vision: None,
                 projector: None,
                 image_token_id: None,
                 feature_layers: Vec::new(),
                 select: SelectStrategy::Default,
-                text: TextConfig::parse(&root, &root)?,
-                dtype: dtype(&root)?,
+                tiling: None,
+                pads: false,
+                picture_tokens: &[],
+                reference: Reference::Transformers,
+                text: TextConfig::parse(root, root)?,
+                dtype: dtype(root)?,
             }),
         }
     }
 
-    fn llava(root: &Section, file: &Path) -> Result<Self> {
+    fn llava(root: &Section) -> Result<Self> {
         let empty = Map::new();
-        let text = root.child("text_config", "text_config.")?.unwrap_or(Section::root(file, &empty));
+        let text = root.child("text_config", "text_config.")?.unwrap_or(root.other(&empty));
         let text = TextConfig::parse(&text, root)?;
         let vision = match root.child("vision_config", "vision_config.")? {
             Some(section) => VisionConfig::parse(&section)?,
@@ -106,59 +173,35 @@ impl ModelConfig {
             projector: Some(ProjectorConfig {
                 input_size: vision.hidden_size * feature_layers.len(),
                 hidden_size: text.hidden_size,
+                layers: 2,
                 bias: root.bool("multimodal_projector_bias", true)?,
             }),
             image_token_id: Some(root.size(image_token, 32000, 0..=MAX_TOKEN_ID)? as u32),
             feature_layers,
             select: root.choice("vision_feature_select_strategy", "default", &strategies)?,
+            pads: false,
+            picture_tokens: &[],
+            reference: Reference::Transformers,
             vision: Some(vision),
+            tiling: None,
             text,
             dtype: dtype(root)?,
         })
     }
 
-    /// Rows that one image takes in a prompt, 0 in a text model.
-    pub fn image_tokens(&self) -> usize {
+    /// Rows of one square after the projector, 0 in a text model.
+    pub fn square_rows(&self) -> usize {
         self.vision.as_ref().map_or(0, |vision| match self.select {
             SelectStrategy::Default => vision.num_patches(),
             SelectStrategy::Full => vision.num_patches() + 1,
         })
     }
-}
 
-/// The two kinds of checkpoint directory that can be run.
-enum Family {
-    Llava,
-    Text,
-}
-
-impl Family {
-    const SUPPORTED: &'static str = "`llava` (LlavaForConditionalGeneration), `llama` or `mistral` (LlamaForCausalLM, MistralForCausalLM)";
-
-    /// The family by `model_type` and `architectures`. Both are looked at, because the original LLaVA
-    /// files also say `llava` but keep their weights and settings under other names.
-    fn of(root: &Section) -> Result<Family> {
-        if root.get("mm_vision_tower").is_some() || root.get("mm_projector_type").is_some() {
-            let expected = "LlavaForConditionalGeneration: the original LLaVA layout is not supported, \
-                            use the converted checkpoint (llava-hf/...)";
-            return Err(root.error("architectures", expected));
-        }
-        let architecture = match root.get("architectures") {
-            None => None,
-            Some(Value::Array(names)) if names.is_empty() => None,
-            Some(Value::Array(names)) if names[0].is_string() => names[0].as_str(),
-            Some(_) => return Err(root.error("architectures", "a list of class names")),
-        };
-        match (root.string("model_type")?, architecture) {
-            (Some("llava"), None | Some("LlavaForConditionalGeneration")) => Ok(Family::Llava),
-            (None, Some("LlavaForConditionalGeneration")) => Ok(Family::Llava),
-            (Some("llama" | "mistral"), None) => Ok(Family::Text),
-            (Some("llama") | None, Some("LlamaForCausalLM")) => Ok(Family::Text),
-            (Some("mistral") | None, Some("MistralForCausalLM")) => Ok(Family::Text),
-            (Some("llava" | "llama" | "mistral") | None, Some(_)) => {
-                Err(root.error("architectures", Self::SUPPORTED))
-            }
-            _ => Err(root.error("model_type", Self::SUPPORTED)),
+    /// Rows that an image of `width` x `height` pixels takes in a prompt, 0 in a text model.
+    pub fn image_tokens(&self, width: usize, height: usize) -> usize {
+        match &self.tiling {
+            Some(tiling) => tiling.tiles(width, height).tokens(),
+            None => self.square_rows(),
         }
     }
 }
@@ -167,10 +210,7 @@ impl Family {
 fn feature_layers(root: &Section, num_layers: usize) -> Result<Vec<usize>> {
     const KEY: &str = "vision_feature_layer";
     let states = num_layers as i64 + 1;
-    let resolve = |value: &Value| {
-        let layer = value.as_i64().filter(|layer| (-states..states).contains(layer))?;
-        Some(layer.rem_euclid(states) as usize)
-    };
+    let resolve = |value: &Value| resolve_layer(value, num_layers);
     let layers = match root.get(KEY) {
         None => resolve(&Value::from(-2)).map(|layer| vec![layer]),
         Some(Value::Array(items)) if (1..=states as usize).contains(&items.len()) => {
@@ -180,6 +220,13 @@ fn feature_layers(root: &Section, num_layers: usize) -> Result<Vec<usize>> {
     };
     let expected = || format!("a layer from {} to {num_layers}, or a list of such", -states);
     layers.ok_or_else(|| root.error(KEY, expected()))
+}
+
+/// The hidden state that a config means: negative ones are counted from the end.
+fn resolve_layer(value: &Value, num_layers: usize) -> Option<usize> {
+    let states = num_layers as i64 + 1;
+    let layer = value.as_i64().filter(|layer| (-states..states).contains(layer))?;
+    Some(layer.rem_euclid(states) as usize)
 }
 
 /// The claimed dtype: `dtype` since transformers 4.56, `torch_dtype` before.

@@ -42,8 +42,15 @@ impl TextConfig {
     /// Reads `section`: a `text_config`, or the whole file (`root`) of a text model. Where transformers
     /// keeps a key at either level, `root` is asked as well.
     pub(super) fn parse(section: &Section, root: &Section) -> Result<Self> {
-        // `llava` is what transformers 4.41 logs for the text_config of llava-hf/llava-1.5-7b-hf.
-        let families = [("llama", false), ("llava", false), ("mistral", true)];
+        // `llava` is what transformers 4.41 logs for the text_config of llava-hf/llava-1.5-7b-hf, and one of
+        // the original's names for itself.
+        let families = [
+            ("llama", false),
+            ("llava", false),
+            ("llava_llama", false),
+            ("mistral", true),
+            ("llava_mistral", true),
+        ];
         let mistral = section.choice("model_type", "llama", &families)?;
         section.choice("hidden_act", "silu", &[("silu", ())])?;
         let hidden_size = section.size("hidden_size", 4096, bounds::WIDTH)?;

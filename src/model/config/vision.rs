@@ -1,8 +1,9 @@
 //! The CLIP vision tower.
 
-use super::{bounds, check_head_dim, split_heads};
-use crate::error::Result;
-use crate::model::json::Section;
+use super::{bounds, check_head_dim, family, split_heads};
+use crate::error::{Error, Result};
+use crate::folder::Folder;
+use crate::model::json::{self, Section};
 use crate::op::Activation;
 
 /// A CLIP vision tower: transformers' `CLIPVisionConfig`.
@@ -30,6 +31,11 @@ pub struct VisionConfig {
     pub layer_norm_eps: f32,
 }
 
+/// The error about a tower's `model_type`, with words about what that is.
+fn describe_found(error: Error, section: &Section) -> Error {
+    error.with_found(section.string("model_type").ok().flatten().and_then(family::describe))
+}
+
 impl VisionConfig {
     /// CLIP ViT-L/14 at 336 pixels, which `LlavaConfig` takes if `vision_config` is missing altogether.
     pub(super) fn large_336() -> Self {
@@ -47,9 +53,32 @@ impl VisionConfig {
         }
     }
 
+    /// Reads the `config.json` of a tower that has a folder of its own: a whole CLIP (`CLIPModel`), of which the
+    /// vision part is taken, or a `CLIPVisionModel`.
+    pub(super) fn load(folder: &Folder) -> Result<Self> {
+        const FILE: &str = "config.json";
+        const WHOLE: &str = "clip";
+        let (map, file) = (json::read_object(folder, FILE)?, folder.path(FILE));
+        let root = Section::root(&file, &map);
+        let kinds = [(WHOLE, true), ("clip_vision_model", false)];
+        if root.choice("model_type", WHOLE, &kinds).map_err(|error| describe_found(error, &root))? {
+            // OpenAI's configurations hold the section twice; transformers lets the second one win.
+            let mut merged = serde_json::Map::new();
+            for key in ["vision_config", "vision_config_dict"] {
+                if let Some(section) = root.child(key, "vision_config.")? {
+                    merged.extend(section.entries());
+                }
+            }
+            return VisionConfig::parse(&Section::part(&file, "vision_config.", &merged));
+        }
+        VisionConfig::parse(&root)
+    }
+
     /// A `vision_config` that is present. What it omits is as in `CLIPVisionConfig`, that is ViT-B/32.
     pub(super) fn parse(section: &Section) -> Result<Self> {
-        section.choice("model_type", "clip_vision_model", &[("clip_vision_model", ())])?;
+        let kinds = [("clip_vision_model", ())];
+        let kind = section.choice("model_type", "clip_vision_model", &kinds);
+        kind.map_err(|error| describe_found(error, section))?;
         let hidden_size = section.size("hidden_size", 768, bounds::WIDTH)?;
         let num_heads = section.size("num_attention_heads", 12, bounds::HEADS)?;
         let head_dim = split_heads(section, hidden_size, num_heads)?;

@@ -1,9 +1,9 @@
 //! The loop for many rows: a strip of W is unpacked once for all of them, and lanes run along outputs.
 
 use super::super::lanes::{LANES, Lanes};
-use super::super::panel::{Matrix, Panel, RowGroup};
+use super::super::panel::{Panel, RowGroup};
 use super::super::pool::Worker;
-use super::{GROUPS, K_BLOCK, PANEL, Product, ROW_BLOCK, STRIP, Strip, TILE_ROWS};
+use super::{GROUPS, K_BLOCK, LowRank, Operand, PANEL, Product, ROW_BLOCK, STRIP, Strip, TILE_ROWS};
 use std::ops::Range;
 use std::sync::atomic::Ordering::Relaxed;
 
@@ -37,29 +37,65 @@ impl Product<'_> {
         }
     }
 
-    /// Packs this worker's share of `rows` of x: by K-blocks, in them by partial sums, in those by tiles,
-    /// `[step][height]` each.
+    /// Packs this worker's share of `rows` of x, then of u of each pair.
     ///
     /// # Safety
     /// The rows exist, and no worker reads the packed rows.
     #[inline(always)]
     unsafe fn pack<L: Lanes>(&self, lanes: L, worker: Worker<'_>, rows: &Range<usize>) {
-        // SAFETY: x has m rows of k elements, and lives as long as the product.
-        let x = unsafe { std::slice::from_raw_parts(self.x, self.m * self.k) };
-        let x = Matrix::f32(x, self.m, self.k);
+        let mut at = self.workspace;
+        // SAFETY: the caller's obligations; the workspace has room for each operand behind the others.
+        unsafe {
+            self.pack_operand(lanes, worker, &self.x, rows, at);
+            let mut start = 0;
+            let mut before = self.k;
+            for pair in self.layers.iter().flat_map(|layer| layer.pairs) {
+                at = at.wrapping_add(self.room(before));
+                self.pack_operand(lanes, worker, &self.inner.columns(start, pair.rank()), rows, at);
+                (start, before) = (start + pair.rank(), pair.rank());
+            }
+        }
+    }
+
+    /// Packs this worker's share of `rows` of one operand: by K-blocks, in them by partial sums, in those by
+    /// tiles, `[step][height]` each.
+    ///
+    /// # Safety
+    /// The rows exist, no worker reads the packed rows, and `to` has [`Product::room`] for the columns.
+    #[inline(always)]
+    unsafe fn pack_operand<L: Lanes>(
+        &self,
+        lanes: L,
+        worker: Worker<'_>,
+        x: &Operand,
+        rows: &Range<usize>,
+        to: *mut f32,
+    ) {
         let padded = padded_rows::<L>(rows.len());
         let tiles = rows.len().div_ceil(L::TILE.0);
-        for unit in worker.share(tiles * self.k.div_ceil(K_BLOCK)) {
+        for unit in worker.share(tiles * x.cols.div_ceil(K_BLOCK)) {
             let (start, tile) = (unit / tiles * K_BLOCK, unit % tiles * L::TILE.0);
-            let count = K_BLOCK.min(self.k - start);
+            let count = K_BLOCK.min(x.cols - start);
             let steps = count.div_ceil(LANES);
-            let at = self.workspace.wrapping_add(padded * start + tile * steps);
+            let at = to.wrapping_add(padded * start + tile * steps);
             let width = tile_height::<L>(rows.len() - tile);
             let panel = Panel { at, width, lane: padded * steps, step: width };
-            let group = RowGroup::new(&x, rows.start + tile);
-            // SAFETY: the workspace holds `padded` rows of k columns here, and the units are disjoint.
+            let group = RowGroup::f32(x.row(rows.start + tile, 0), x.stride, self.m - rows.start - tile);
+            // SAFETY: there are `padded` rows of room for the columns, and the units are disjoint.
             unsafe { group.unpack(lanes, start, count, steps * LANES, panel) }
         }
+    }
+
+    /// Rows of packed operands and of sums that there is room for.
+    #[inline(always)]
+    fn room_rows(&self) -> usize {
+        self.m.min(ROW_BLOCK).next_multiple_of(TILE_ROWS)
+    }
+
+    /// Floats that an operand of so many columns takes up when packed.
+    #[inline(always)]
+    fn room(&self, cols: usize) -> usize {
+        self.room_rows() * cols.next_multiple_of(LANES)
     }
 
     /// One strip for a block of packed rows.
@@ -74,30 +110,30 @@ impl Product<'_> {
         strip: &Strip<'_>,
         rows: &Range<usize>,
     ) {
-        let room = self.m.min(ROW_BLOCK).next_multiple_of(TILE_ROWS);
-        let packed = room * self.k.next_multiple_of(LANES);
-        let own = packed + worker.index * (GROUPS * PANEL + room * STRIP);
+        let ranks = self.layers.iter().flat_map(|layer| layer.pairs).map(LowRank::rank);
+        let packed = self.room(self.k) + ranks.map(|rank| self.room(rank)).sum::<usize>();
+        let own = packed + worker.index * (GROUPS * PANEL + self.room_rows() * STRIP);
         let panels = self.workspace.wrapping_add(own);
         let sums = panels.wrapping_add(GROUPS * PANEL);
-        let padded = padded_rows::<L>(rows.len());
-        for start in (0..self.k).step_by(K_BLOCK) {
-            let count = K_BLOCK.min(self.k - start);
-            let steps = count.div_ceil(LANES);
-            for (g, group) in strip.groups.iter().enumerate() {
-                let at = panels.wrapping_add(g * PANEL);
-                let panel = Panel { at, width: LANES, lane: steps * LANES, step: LANES };
-                // SAFETY: the columns exist, and this worker's panels have room for a K-block.
-                unsafe { group.unpack(lanes, start, count, steps * LANES, panel) }
-            }
-            for lane in 0..LANES {
-                let packed = self.workspace.wrapping_add(padded * (start + lane * steps));
-                let panels = panels.wrapping_add(lane * steps * LANES);
-                for tile in (0..rows.len()).step_by(L::TILE.0) {
-                    let (packed, sums) = (packed.wrapping_add(tile * steps), sums.wrapping_add(tile * STRIP));
-                    let height = tile_height::<L>(rows.len() - tile);
-                    // SAFETY: packed rows and panels have `steps` steps for each partial sum, and this
-                    // worker's sums a row for each packed row.
-                    unsafe { multiply_tile(lanes, height, steps, packed, panels, sums, start + lane == 0) }
+        // SAFETY: the caller's obligations. `pack` has put the operands one behind the other.
+        unsafe {
+            self.add_block::<L, GROUPS>(
+                lanes,
+                &strip.groups,
+                self.k,
+                rows,
+                (self.workspace, panels, sums),
+                true,
+            );
+            let mut at = self.workspace.wrapping_add(self.room(self.k));
+            for (i, layer) in self.layers.iter().enumerate() {
+                for pair in layer.pairs {
+                    for g in (0..GROUPS).filter(|g| strip.indices[*g] == i && strip.widths[*g] > 0) {
+                        let group = [RowGroup::new(&pair.b, strip.rows[g])];
+                        let at = (at.cast_const(), panels, sums.wrapping_add(g * LANES));
+                        self.add_block::<L, 1>(lanes, &group, pair.rank(), rows, at, false);
+                    }
+                    at = at.wrapping_add(self.room(pair.rank()));
                 }
             }
         }
@@ -106,6 +142,46 @@ impl Product<'_> {
             unsafe {
                 let found = std::array::from_fn(|g| lanes.load(sums.add(row * STRIP + g * LANES)));
                 self.finish(lanes, strip, rows.start + row, found);
+            }
+        }
+    }
+
+    /// Adds the products of packed rows with one or two groups of `cols` columns to their sums, or begins
+    /// them. The addresses are those of the packed rows, of this worker's panels and of its sums.
+    ///
+    /// # Safety
+    /// The rows are packed there, the groups have the columns, and panels and sums have room.
+    #[inline(always)]
+    unsafe fn add_block<L: Lanes, const G: usize>(
+        &self,
+        lanes: L,
+        groups: &[RowGroup; G],
+        cols: usize,
+        rows: &Range<usize>,
+        (packed, panels, sums): (*const f32, *mut f32, *mut f32),
+        begin: bool,
+    ) {
+        let padded = padded_rows::<L>(rows.len());
+        for start in (0..cols).step_by(K_BLOCK) {
+            let count = K_BLOCK.min(cols - start);
+            let steps = count.div_ceil(LANES);
+            for (g, group) in groups.iter().enumerate() {
+                let at = panels.wrapping_add(g * PANEL);
+                let panel = Panel { at, width: LANES, lane: steps * LANES, step: LANES };
+                // SAFETY: the columns exist, and this worker's panels have room for a K-block.
+                unsafe { group.unpack(lanes, start, count, steps * LANES, panel) }
+            }
+            for lane in 0..LANES {
+                let packed = packed.wrapping_add(padded * (start + lane * steps));
+                let panels = panels.wrapping_add(lane * steps * LANES);
+                for tile in (0..rows.len()).step_by(L::TILE.0) {
+                    let (packed, sums) = (packed.wrapping_add(tile * steps), sums.wrapping_add(tile * STRIP));
+                    let height = tile_height::<L>(rows.len() - tile);
+                    let first = begin && start + lane == 0;
+                    // SAFETY: packed rows and panels have `steps` steps for each partial sum, and this
+                    // worker's sums a row for each packed row.
+                    unsafe { multiply_tile::<L, G>(lanes, height, steps, packed, panels, sums, first) }
+                }
             }
         }
     }
@@ -124,13 +200,13 @@ fn padded_rows<L: Lanes>(rows: usize) -> usize {
     whole + tile_height::<L>(rows - whole)
 }
 
-/// Adds `packed[count][height]` times two panels `[count][16]` to `sums[height][32]`, or, for the very
-/// first partial sum, begins them.
+/// Adds `packed[count][height]` times `G` panels `[count][16]` to as many sixteens of `sums[height][32]`,
+/// or, for the very first partial sum, begins them.
 ///
 /// # Safety
 /// The operands have those extents, and `height` is one of [`tile_height`]'s.
 #[inline(always)]
-unsafe fn multiply_tile<L: Lanes>(
+unsafe fn multiply_tile<L: Lanes, const G: usize>(
     lanes: L,
     height: usize,
     count: usize,
@@ -143,12 +219,12 @@ unsafe fn multiply_tile<L: Lanes>(
     unsafe {
         if L::TILE == (12, 2) {
             match height {
-                12 => tile::<L, 12, 2>(lanes, count, packed, panels, sums, first),
-                8 => tile::<L, 8, 2>(lanes, count, packed, panels, sums, first),
-                _ => tile::<L, 4, 2>(lanes, count, packed, panels, sums, first),
+                12 => tile::<L, 12, G>(lanes, count, packed, panels, sums, first),
+                8 => tile::<L, 8, G>(lanes, count, packed, panels, sums, first),
+                _ => tile::<L, 4, G>(lanes, count, packed, panels, sums, first),
             }
         } else {
-            for g in 0..GROUPS {
+            for g in 0..G {
                 let (panel, sums) = (panels.add(g * PANEL), sums.add(g * LANES));
                 match height {
                     6 => tile::<L, 6, 1>(lanes, count, packed, panel, sums, first),

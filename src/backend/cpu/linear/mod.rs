@@ -1,12 +1,15 @@
-//! Matrix products with weights as stored: y = x Wᵀ, one weight or several side by side, with bias,
-//! activation and residual; and the gated pair of a LLaMA feed-forward layer.
+//! Matrix products with weights as stored: y = x Wᵀ, one weight or several side by side, with low-rank
+//! pairs, bias, activation and residual; and the gated pair of a LLaMA feed-forward layer.
 //!
 //! **Reduction order.** For output (row, n), K is cut into blocks of [`K_BLOCK`]. In a block there are
 //! sixteen partial sums: number l starts at 0 and takes `x[k] * w[n][k]` by fused multiply-add for k = l,
 //! l + 16, l + 32 and so on (past the end of K both are 0). The sum starts with partial 0 of block 0, and
-//! partials are added to it in order, block by block; then come bias, activation, residual. That is all:
-//! it names no row count, thread or instruction set, so a row's result has the same bits alone, among
-//! 640 others, and on every path.
+//! partials are added to it in order, block by block.
+//!
+//! A low-rank pair is more of the same sum: u = scale · (x Aᵀ), where x Aᵀ is such a product by itself and
+//! is rounded once more by the scale, and the blocks of u Bᵀ follow those of x Wᵀ, pair after pair.
+//! Then come bias, activation, residual. That is all: it names no row count, thread or instruction set, so
+//! a row's result has the same bits alone, among 640 others, and on every path.
 //!
 //! **Two loops** compute it. Up to `FEW_ROWS` activation rows, `few` reads each row of W once, sixteen
 //! columns at a time, one to each partial sum: memory bandwidth decides. With more rows, `many` unpacks a
@@ -17,6 +20,9 @@
 
 mod few;
 mod many;
+mod pairs;
+
+pub use pairs::LowRank;
 
 use super::lanes::{LANES, Lanes, Math};
 use super::machine::{Machine, Task};
@@ -53,19 +59,43 @@ pub enum Residual<'a> {
     InPlace,
 }
 
-/// One weight of a product, `[n, k]`, and its bias of n elements.
+/// One weight of a product, `[n, k]`, and what goes with it.
 #[derive(Clone, Copy, Debug)]
 pub struct Layer<'a> {
     /// The weight.
     pub weight: Matrix<'a>,
-    /// The bias, one row.
+    /// The bias, one row of n elements.
     pub bias: Option<Matrix<'a>>,
+    /// What adapters add to the weight.
+    pub pairs: &'a [LowRank<'a>],
 }
 
-/// Bytes of workspace that [`linear`] and [`gated_linear`] need for up to `m` rows of `k` inputs.
-pub fn linear_workspace(m: usize, k: usize, threads: usize) -> usize {
+impl<'a> Layer<'a> {
+    /// A weight and its bias, without pairs.
+    pub fn new(weight: Matrix<'a>, bias: Option<Matrix<'a>>) -> Self {
+        Layer { weight, bias, pairs: &[] }
+    }
+}
+
+/// Bytes of workspace that [`linear`] and [`gated_linear`] need for up to `m` rows of `k` inputs, with
+/// pairs of these ranks.
+pub fn linear_workspace(
+    m: usize,
+    k: usize,
+    ranks: impl Iterator<Item = usize> + Clone,
+    threads: usize,
+) -> usize {
+    // The pairs' inner rows may begin on a cache line of their own.
+    (m * ranks.clone().sum::<usize>()) * size_of::<f32>()
+        + ALIGNMENT
+        + product_workspace(m, k, ranks, threads)
+}
+
+/// The same without the pairs' inner rows.
+fn product_workspace(m: usize, k: usize, ranks: impl Iterator<Item = usize>, threads: usize) -> usize {
     let rows = m.min(ROW_BLOCK).next_multiple_of(TILE_ROWS);
-    let floats = rows * k.next_multiple_of(LANES) + threads * (GROUPS * PANEL + rows * STRIP);
+    let packed = std::iter::once(k).chain(ranks).map(|cols| rows * cols.next_multiple_of(LANES));
+    let floats = packed.sum::<usize>() + threads * (GROUPS * PANEL + rows * STRIP);
     floats * size_of::<f32>() + ALIGNMENT
 }
 
@@ -84,7 +114,8 @@ pub fn linear(
     workspace: &mut [u8],
 ) {
     let n = layers.iter().map(|layer| layer.weight.rows).sum();
-    let mut product = Product::new(x, layers, n, out, workspace, machine);
+    let (inner, workspace) = pairs::project(machine, x, layers, workspace);
+    let mut product = Product::new(x, inner, layers, n, out, workspace, machine);
     product.activation = activation;
     product.residual = match residual {
         Residual::None => std::ptr::null(),
@@ -113,7 +144,8 @@ pub fn gated_linear(
     let n = gate.weight.rows;
     assert_eq!(n, up.weight.rows, "gated_linear: rows of gate and up");
     let layers = [gate, up];
-    let mut product = Product::new(x, &layers, n, out, workspace, machine);
+    let (inner, workspace) = pairs::project(machine, x, &layers, workspace);
+    let mut product = Product::new(x, inner, &layers, n, out, workspace, machine);
     product.gated = true;
     product.strips = n.div_ceil(LANES);
     product.compute(machine);
@@ -124,7 +156,11 @@ struct Product<'a> {
     layers: &'a [Layer<'a>],
     gated: bool,
     activation: Activation,
-    x: *const f32,
+    x: Operand,
+    /// u of every pair side by side `[m, Σr]`: what their B are multiplied by.
+    inner: Operand,
+    /// What the sums of each layer are multiplied by; none are if there are no numbers.
+    scales: &'a [f32],
     /// As `out`, or null.
     residual: *const f32,
     out: *mut f32,
@@ -142,10 +178,38 @@ struct Product<'a> {
 // the workspace, or are kept apart by a barrier.
 unsafe impl Sync for Product<'_> {}
 
+/// Rows of activations `[m, cols]` that lie `stride` floats apart.
+#[derive(Clone, Copy)]
+struct Operand {
+    at: *const f32,
+    stride: usize,
+    cols: usize,
+}
+
+impl Operand {
+    fn new(values: &[f32], cols: usize) -> Self {
+        Operand { at: values.as_ptr(), stride: cols, cols }
+    }
+
+    /// Columns `start..start + cols` of each row.
+    #[inline(always)]
+    fn columns(&self, start: usize, cols: usize) -> Operand {
+        Operand { at: self.at.wrapping_add(start), stride: self.stride, cols }
+    }
+
+    /// The address of column `col` of a row.
+    #[inline(always)]
+    fn row(&self, row: usize, col: usize) -> *const f32 {
+        self.at.wrapping_add(row * self.stride + col)
+    }
+}
+
 /// Thirty-two outputs: two groups of sixteen rows of W. In a gated product they are a gate and its up.
 struct Strip<'a> {
     groups: [RowGroup; GROUPS],
     layers: [&'a Layer<'a>; GROUPS],
+    /// Which layers they are.
+    indices: [usize; GROUPS],
     /// The first row of W in each group.
     rows: [usize; GROUPS],
     /// The column of `out` for each group.
@@ -157,6 +221,7 @@ struct Strip<'a> {
 impl<'a> Product<'a> {
     fn new(
         x: &'a [f32],
+        inner: &'a [f32],
         layers: &'a [Layer<'a>],
         n: usize,
         out: &'a mut [f32],
@@ -175,14 +240,19 @@ impl<'a> Product<'a> {
                 bias.assert_valid();
             }
         }
-        let needed = linear_workspace(m, k, machine.threads());
+        let ranks = || layers.iter().flat_map(|layer| layer.pairs).map(LowRank::rank);
+        let rank = ranks().sum();
+        assert_eq!(inner.len(), m * rank, "linear: what pairs are multiplied by");
+        let needed = product_workspace(m, k, ranks(), machine.threads());
         assert!(m <= FEW_ROWS || workspace.len() >= needed, "linear: workspace");
         let skip = workspace.as_ptr().align_offset(ALIGNMENT);
         Product {
             layers,
             gated: false,
             activation: Activation::None,
-            x: x.as_ptr(),
+            x: Operand::new(x, k),
+            inner: Operand::new(inner, rank),
+            scales: &[],
             residual: std::ptr::null(),
             out: out.as_mut_ptr(),
             workspace: workspace.as_mut_ptr().wrapping_add(skip).cast(),
@@ -203,27 +273,21 @@ impl<'a> Product<'a> {
     /// The strip of that number.
     #[inline(always)]
     fn strip(&self, index: usize) -> Strip<'a> {
-        let strip = |layers: [&'a Layer<'a>; 2], rows: [usize; 2], columns, widths| Strip {
-            groups: [RowGroup::new(&layers[0].weight, rows[0]), RowGroup::new(&layers[1].weight, rows[1])],
-            layers,
-            rows,
-            columns,
-            widths,
+        let strip = |indices: [usize; 2], rows: [usize; 2], columns, widths| {
+            let layers = indices.map(|index| &self.layers[index]);
+            let groups =
+                [RowGroup::new(&layers[0].weight, rows[0]), RowGroup::new(&layers[1].weight, rows[1])];
+            Strip { groups, layers, indices, rows, columns, widths }
         };
         if self.gated {
             let row = index * LANES;
-            return strip(
-                [&self.layers[0], &self.layers[1]],
-                [row; 2],
-                [row; 2],
-                [LANES.min(self.n - row); 2],
-            );
+            return strip([0, 1], [row; 2], [row; 2], [LANES.min(self.n - row); 2]);
         }
         let (mut index, mut column) = (index, 0);
-        let mut layers = self.layers.iter();
+        let mut layers = self.layers.iter().enumerate();
         loop {
-            let layer = layers.next().expect("strips were counted over the same layers");
-            let n = layer.weight.rows;
+            let (layer, of) = layers.next().expect("strips were counted over the same layers");
+            let n = of.weight.rows;
             if index >= n.div_ceil(STRIP) {
                 index -= n.div_ceil(STRIP);
                 column += n;
@@ -237,6 +301,18 @@ impl<'a> Product<'a> {
         }
     }
 
+    /// The pairs of a strip's group in order, each with what its B is multiplied by.
+    #[inline(always)]
+    fn pairs(&self, strip: &Strip<'a>, group: usize) -> impl Iterator<Item = (&'a LowRank<'a>, Operand)> {
+        let rank = |layer: &Layer<'_>| layer.pairs.iter().map(LowRank::rank).sum::<usize>();
+        let mut start = self.layers[..strip.indices[group]].iter().map(rank).sum();
+        strip.layers[group].pairs.iter().map(move |pair| {
+            let columns = self.inner.columns(start, pair.rank());
+            start += pair.rank();
+            (pair, columns)
+        })
+    }
+
     /// Strips nobody has taken, one after another.
     #[inline(always)]
     fn take_strip(&self) -> Option<Strip<'a>> {
@@ -244,7 +320,7 @@ impl<'a> Product<'a> {
         (index < self.strips).then(|| self.strip(index))
     }
 
-    /// Bias, activation, residual; then the results are written.
+    /// Scale, bias, activation, residual; then the results are written.
     ///
     /// # Safety
     /// `row < m`, and the strip is this worker's.
@@ -252,6 +328,9 @@ impl<'a> Product<'a> {
     unsafe fn finish<L: Lanes>(&self, lanes: L, strip: &Strip<'_>, row: usize, sums: [L::V; GROUPS]) {
         let mut sums = sums;
         for g in 0..GROUPS {
+            if let Some(&scale) = self.scales.get(strip.indices[g]) {
+                sums[g] = lanes.mul(sums[g], lanes.splat(scale));
+            }
             if let Some(bias) = &strip.layers[g].bias {
                 // SAFETY: the bias was checked to have an element for each output of its weight.
                 let bias = unsafe { bias.load(lanes, 0, strip.rows[g], strip.groups[g].rows) };

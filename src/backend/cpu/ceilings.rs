@@ -1,11 +1,11 @@
-//! The machine's ceilings, measured beside what is judged by them, on the same threads: the multiply-add
-//! rate of a loop that stays in registers, and the rate at which a mapping is read.
+//! The machine's ceilings, on the threads that run ops: the multiply-add rate of a loop that stays in
+//! registers, and the rate at which memory is read.
 
+use super::lanes::{LANES, Lanes};
+use super::machine::{Machine, Task};
+use super::pool::Worker;
 use std::hint::black_box;
 use std::time::Instant;
-use tessera::backend::cpu::lanes::{LANES, Lanes};
-use tessera::backend::cpu::machine::{Machine, Task};
-use tessera::backend::cpu::pool::Worker;
 
 /// Floating-point operations per second of register-resident multiply-adds.
 pub fn fma_rate(machine: &Machine) -> f64 {
@@ -59,11 +59,8 @@ fn chains<L: Lanes, const N: usize>(lanes: L, steps: usize) {
             *sum = lanes.fma(*sum, scale, offset);
         }
     }
-    let mut line = [0f32; LANES];
     for sum in sums {
-        // SAFETY: `line` has sixteen elements.
-        unsafe { lanes.store(line.as_mut_ptr(), sum) };
-        black_box(&line);
+        black_box(lanes.sum(sum));
     }
 }
 
@@ -76,16 +73,13 @@ impl Task for ReadLoop<'_> {
         let mut sums = [lanes.splat(0.0); 8];
         for block in worker.share(self.0.len() / 512) {
             for (i, sum) in sums.iter_mut().enumerate() {
-                // SAFETY: the block and its eight lines lie in the bytes.
-                *sum =
-                    lanes.add(*sum, unsafe { lanes.load(self.0.as_ptr().add(block * 512 + i * 64).cast()) });
+                let line = self.0[block * 512 + i * 64..][..64].as_ptr().cast();
+                // SAFETY: the slice has the 64 bytes of a vector.
+                *sum = lanes.add(*sum, unsafe { lanes.load(line) });
             }
         }
-        let mut line = [0f32; LANES];
         for sum in sums {
-            // SAFETY: `line` has sixteen elements.
-            unsafe { lanes.store(line.as_mut_ptr(), sum) };
-            black_box(&line);
+            black_box(lanes.sum(sum));
         }
     }
 }

@@ -1,0 +1,89 @@
+//! Ops one by one: each op of a model at the shapes it has there, timed where it stands in whole steps,
+//! so that weights come from where they come from in a run; or one product of given shape.
+
+use super::measure::measure;
+use super::plan::Test;
+use super::trace::{OpTime, summary};
+use crate::backend::{Backend, Ceilings};
+use crate::error::Result;
+use crate::graph::{Control, Executor, GraphBuilder, Plan};
+use crate::op::{Activation, Op};
+use crate::runtime::Engine;
+use crate::tensor::{Bindings, DType, Rows, Storage, TensorType, Weight, WeightBytes};
+use std::sync::Arc;
+
+/// Times every op of a test's steps over some repetitions: of the vision graph for a picture, of the language
+/// graph otherwise.
+///
+/// # Errors
+/// As for [`measure`].
+pub fn time_ops(
+    engine: &mut Engine,
+    test: Test,
+    repetitions: (usize, usize),
+    ceilings: Option<Ceilings>,
+) -> Result<Vec<OpTime>> {
+    let (warmups, timed) = repetitions;
+    measure(engine, test, (0, warmups.max(1)), None)?;
+    // Every node of every step: a step has at most a graph's nodes, a test at most a step a token.
+    let session = engine.session();
+    let nodes =
+        session.language().graph().nodes.len() + session.vision().map_or(0, |v| v.graph().nodes.len());
+    let steps = 2 + test.positions(0);
+    engine.session_mut().record(nodes * steps * timed.max(1));
+    let done = measure(engine, test, (0, timed.max(1)), None);
+    let session = engine.session();
+    let ops = match (test, session.vision()) {
+        (Test::Image { .. }, Some(vision)) => summary(vision, ceilings),
+        _ => summary(session.language(), ceilings),
+    };
+    engine.session_mut().record(0);
+    done.map(|_| ops)
+}
+
+/// Bytes of weights that a product of given shape goes through before it comes back to the first: more
+/// than a cache holds.
+const ROTATION: usize = 512 << 20;
+
+/// Times `[m, k] x [n, k]ᵀ` on weights of `dtype` that no cache holds.
+///
+/// # Errors
+/// [`Error::Memory`](crate::Error::Memory), [`Error::Device`](crate::Error::Device).
+pub fn time_linear(
+    backend: &Arc<dyn Backend>,
+    (m, n, k): (usize, usize, usize),
+    dtype: DType,
+    repetitions: (usize, usize),
+    ceilings: Option<Ceilings>,
+) -> Result<Vec<OpTime>> {
+    let bytes = n * k * dtype.size();
+    let copies = ROTATION.div_ceil(bytes.max(1)).clamp(1, 256);
+    // 16-bit patterns near 1 in every format: no denormals, no infinities.
+    let pattern = |i: usize| (0x3c00u16 | (i as u16).wrapping_mul(40503) & 0x80ff).to_le_bytes()[i % 2];
+    let storage = Arc::new(Storage::Owned((0..bytes * copies).map(pattern).collect()));
+    let mut b = GraphBuilder::new(&**backend);
+    let x = b.input("x", TensorType { rows: Rows::Tokens, cols: k, dtype: backend.dtype() });
+    for copy in 0..copies {
+        let bytes =
+            WeightBytes::new(storage.clone(), copy * bytes, bytes).expect("a copy inside the storage");
+        let weight = Weight { name: format!("w{copy}"), dtype, rows: n, cols: k, bytes };
+        let op = Op::linear(Activation::None, false, false);
+        b.push(&format!("linear{copy}"), op, &[x], &[weight])?;
+    }
+    let graph = Arc::new(b.finish());
+    let bindings = Bindings { tokens: m, decode: if m == 1 { 1 } else { 0 }, ..Bindings::default() };
+    let plan = Plan::new(&graph, &**backend, bindings);
+    let arena = Arc::new(backend.alloc("activations", plan.bytes)?);
+    let mut executor = Executor::new(graph.clone(), backend.clone(), plan, arena, &[]);
+    let zeros = vec![0u8; m * k * backend.dtype().size()];
+    executor.write(x, &zeros)?;
+    let control = Control::default();
+    for timed in [false, true] {
+        executor.record(if timed { copies * repetitions.1.max(1) } else { 0 });
+        for _ in 0..if timed { repetitions.1.max(1) } else { repetitions.0.max(1) } {
+            // SAFETY: the graph has no index inputs and no states, and nobody else has its arena.
+            unsafe { executor.run(&bindings, &control)? };
+        }
+    }
+    Ok(summary(&executor, ceilings))
+}

@@ -1,0 +1,397 @@
+//! `tessera bench`: every stage timed, and how far it is from the hardware.
+
+use super::options::{ModelArgs, format_size};
+use crate::backend::Ceilings;
+use crate::bench::environment::{Watch, peak_resident};
+use crate::bench::measure::measure;
+use crate::bench::plan::{Plan, Test, parse_list, parse_pair};
+use crate::bench::report::{Format, Row, Subject, write};
+use crate::bench::{compare, ops, startup, stats, trace};
+use crate::error::{Error, Result};
+use crate::runtime::{Engine, LoadOptions, Model, Session, SessionOptions, Source};
+use clap::{Args, Subcommand};
+use serde_json::json;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// Options of `tessera bench`.
+#[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+pub struct Bench {
+    #[command(subcommand)]
+    command: Option<BenchCommand>,
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Lengths of prompts; lists 16,32 and ranges 128-512+128 or 1-8*2, as everywhere here
+    #[arg(short = 'p', long = "n-prompt", visible_alias = "input-len", value_name = "LIST", default_value = "512", value_parser = List::parse)]
+    prompt: List,
+    /// Numbers of generated tokens
+    #[arg(short = 'n', long = "n-gen", visible_alias = "output-len", value_name = "LIST", default_value = "128", value_parser = List::parse)]
+    generate: List,
+    /// A prompt with tokens generated after it, as -pg 512,128; may be repeated
+    #[arg(long = "pg", value_name = "P,N", value_parser = parse_pair)]
+    pairs: Vec<(usize, usize)>,
+    /// Tokens cached before the clock starts
+    #[arg(short = 'd', long = "n-depth", value_name = "LIST", default_value = "0", value_parser = List::parse)]
+    depth: List,
+    /// Sequences that advance side by side
+    #[arg(short = 'b', long = "batch", visible_alias = "batch-size", value_name = "LIST", default_value = "1", value_parser = List::parse)]
+    batch: List,
+    /// Numbers of pictures; 0 leaves pictures out
+    #[arg(long, value_name = "LIST", default_value = "1", value_parser = List::parse)]
+    images: List,
+    /// Tokens of text after the pictures, up to the first token
+    #[arg(long, value_name = "LIST", default_value = "64", value_parser = List::parse)]
+    ttft: List,
+    /// A picture file instead of drawn ones
+    #[arg(long, value_name = "FILE")]
+    image: Option<PathBuf>,
+    /// Repetitions that count
+    #[arg(short = 'r', long, visible_alias = "num-iters", value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
+    repetitions: u16,
+    /// Repetitions before them
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    warmup: u16,
+    /// Numbers of threads [default: --threads]
+    #[arg(short = 't', value_name = "LIST", value_parser = List::parse)]
+    thread_list: Option<List>,
+    /// Most prompt positions processed at once
+    #[arg(long, value_name = "N", default_value_t = SessionOptions::default().prefill_chunk)]
+    prefill_chunk: usize,
+    /// The format on stdout
+    #[arg(short = 'o', long = "output", value_enum, default_value_t = Format::Md)]
+    output: Format,
+    /// A second format, on stderr
+    #[arg(long = "oe", visible_alias = "output-err", value_enum, value_name = "FORMAT")]
+    output_err: Option<Format>,
+    /// Fail (exit 1) if the standard deviation of any row is more than this share of its mean
+    #[arg(long, value_name = "SHARE")]
+    max_spread: Option<f64>,
+    /// Say which test runs
+    #[arg(long)]
+    progress: bool,
+}
+
+#[derive(Debug, Subcommand)]
+enum BenchCommand {
+    /// Each op at the model's shapes, or one product of given shape
+    Ops(Ops),
+    /// Two reports side by side; exit 1 on a regression
+    Compare(Compare),
+    /// From process start to ready and to the first token
+    Startup(Startup),
+}
+
+/// A list of counts on the command line.
+#[derive(Clone, Debug)]
+struct List(Vec<usize>);
+
+impl List {
+    fn parse(text: &str) -> std::result::Result<List, String> {
+        parse_list(text).map(List)
+    }
+}
+
+impl Bench {
+    pub fn run(self) -> Result<()> {
+        match self.command {
+            Some(BenchCommand::Ops(command)) => command.run(),
+            Some(BenchCommand::Compare(command)) => command.run(),
+            Some(BenchCommand::Startup(command)) => command.run(),
+            None => self.bench(),
+        }
+    }
+
+    fn bench(self) -> Result<()> {
+        let plan = Plan {
+            prompts: self.prompt.0.clone(),
+            generates: self.generate.0.clone(),
+            pairs: self.pairs.clone(),
+            depths: self.depth.0.clone(),
+            batches: self.batch.0.clone(),
+            images: self.images.0.clone(),
+            first_tokens: self.ttft.0.clone(),
+        };
+        let picture = self.image.as_deref().map(super::read).transpose()?;
+        let (source, load) = self.model.load_options()?;
+        let threads: Vec<Option<usize>> = match &self.thread_list {
+            Some(list) => list.0.iter().map(|&n| Some(n)).collect(),
+            None => vec![load.threads],
+        };
+        let mut rows = Vec::new();
+        for threads in threads {
+            rows.extend(self.on_threads(
+                &plan,
+                &source,
+                &LoadOptions { threads, ..load.clone() },
+                picture.as_deref(),
+            )?);
+        }
+        super::print(&write(&rows, self.output))?;
+        if let Some(format) = self.output_err {
+            eprint!("{}", write(&rows, format));
+        }
+        if let Some(peak) = peak_resident().filter(|_| self.output == Format::Md) {
+            super::print(&format!("peak resident memory {}\n", format_size(peak)))?;
+        }
+        steady(&rows, self.max_spread)
+    }
+
+    fn on_threads(
+        &self,
+        plan: &Plan,
+        source: &Source,
+        load: &LoadOptions,
+        picture: Option<&[u8]>,
+    ) -> Result<Vec<Row>> {
+        let model = Arc::new(Model::load(source, load)?);
+        let tests = fitting(plan, &model);
+        let mut engine = engine(model, &tests, self.prefill_chunk)?;
+        super::run::stop_on_ctrl_c(&engine.control)?;
+        let threads =
+            load.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()));
+        let subject = Subject::new(engine.model(), load.load_mode, threads, engine.session().prefill_chunk());
+        let backend = engine.model().backend().clone();
+        let mut rows = Vec::new();
+        let mut before = backend.ceilings()?;
+        for test in tests {
+            if self.progress {
+                eprintln!("{test}");
+            }
+            let (began, watch) = (now(), Watch::begin());
+            let repetitions = match before {
+                Some(_) => (usize::from(self.warmup), usize::from(self.repetitions)),
+                // Where nothing is timed, once is enough to count.
+                None => (0, 1),
+            };
+            let measured = measure(&mut engine, test, repetitions, picture)?;
+            // What was measured after one test was measured before the next.
+            let after = backend.ceilings()?;
+            let ceilings = before.zip(after).map(|(a, b)| Ceilings::max(a, b));
+            before = after;
+            rows.push(Row::new(&subject, test, &measured, repetitions.0, ceilings, watch.end(), began));
+        }
+        Ok(rows)
+    }
+}
+
+/// The tests of a plan that a model can run: a text model sees no pictures.
+fn fitting(plan: &Plan, model: &Model) -> Vec<Test> {
+    let pictures = model.vision().is_some();
+    let tests = plan.tests().into_iter();
+    tests.filter(|test| pictures || matches!(test, Test::Text { .. })).collect()
+}
+
+/// An engine with room for the largest of the tests.
+fn engine(model: Arc<Model>, tests: &[Test], prefill_chunk: usize) -> Result<Engine> {
+    let config = model.config();
+    let image_tokens =
+        config.tiling.as_ref().map_or_else(|| config.square_rows(), |tiling| tiling.max_tokens());
+    let longest = tests.iter().map(|test| test.positions(image_tokens)).max().unwrap_or(0).max(1);
+    let sequences = tests.iter().map(Test::batch).max().unwrap_or(1).max(1);
+    let page = crate::op::PAGE;
+    let config = &config.text;
+    let kv_width =
+        2 * config.num_layers * config.num_kv_heads * config.head_dim * model.backend().dtype().size();
+    let options = SessionOptions {
+        context: Some(longest),
+        kv_memory: Some((sequences * longest.next_multiple_of(page) * kv_width) as u64),
+        prefill_chunk,
+        max_sequences: sequences,
+        ..SessionOptions::default()
+    };
+    Ok(Engine::new(Session::new(model, options)?))
+}
+
+/// An error that names the rows whose samples differ too much.
+fn steady(rows: &[Row], bound: Option<f64>) -> Result<()> {
+    let Some(bound) = bound else { return Ok(()) };
+    let unsteady: Vec<_> = rows
+        .iter()
+        .filter_map(|row| {
+            row.spread.filter(|s| *s > bound).map(|s| format!("{} ({:.1} %)", row.test, s * 100.0))
+        })
+        .collect();
+    match unsteady.is_empty() {
+        true => Ok(()),
+        false => Err(Error::Device {
+            device: "this machine".into(),
+            problem: format!(
+                "is too unsteady to believe these rows: {}; --max-spread is {:.1} %",
+                unsteady.join(", "),
+                bound * 100.0
+            ),
+        }),
+    }
+}
+
+fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
+}
+
+/// Options of `tessera bench ops`.
+#[derive(Debug, Args)]
+struct Ops {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Only ops whose name contains this, in any case
+    #[arg(long, value_name = "TEXT")]
+    filter: Option<String>,
+    /// One product instead of a model's ops: x [M, K] times W [N, K]; W is of --dtype [auto: f16]
+    #[arg(long, value_name = "M,N,K", value_parser = parse_shape)]
+    shape: Option<(usize, usize, usize)>,
+    /// Rows of the prompt whose ops are timed
+    #[arg(short = 'p', value_name = "N", default_value_t = 640)]
+    prompt: usize,
+    /// Positions cached before the decode steps that are timed
+    #[arg(short = 'd', value_name = "N", default_value_t = 640)]
+    depth: usize,
+    /// Repetitions that count
+    #[arg(short = 'r', value_name = "N", default_value_t = 5)]
+    repetitions: u16,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+impl Ops {
+    fn run(self) -> Result<()> {
+        let (source, load) = self.model.load_options()?;
+        let repetitions = (1, usize::from(self.repetitions));
+        let mut parts = Vec::new();
+        if let Some(shape) = self.shape {
+            let backend: Arc<dyn crate::backend::Backend> =
+                Arc::new(crate::backend::cpu::CpuBackend::new(load.threads)?);
+            let ceilings = backend.ceilings()?;
+            let times = ops::time_linear(&backend, shape, self.model.dtype.weights(), repetitions, ceilings)?;
+            parts.push((format!("linear {}x{}x{}", shape.0, shape.1, shape.2), times, ceilings));
+        } else {
+            let model = Arc::new(Model::load(&source, &load)?);
+            let text = |prompt, generate, depth| Test::Text { prompt, generate, depth, batch: 1 };
+            let mut tests = vec![text(self.prompt, 0, 0), text(0, 16, self.depth)];
+            if model.vision().is_some() {
+                tests.insert(0, Test::Image { images: 1 });
+            }
+            let mut engine = engine(model, &tests, SessionOptions::default().prefill_chunk)?;
+            let backend = engine.model().backend().clone();
+            for test in tests {
+                let ceilings = backend.ceilings()?;
+                parts.push((
+                    test.to_string(),
+                    ops::time_ops(&mut engine, test, repetitions, ceilings)?,
+                    ceilings,
+                ));
+            }
+        }
+        let wanted = self.filter.as_deref().unwrap_or_default().to_lowercase();
+        let mut text = String::new();
+        let mut objects = Vec::new();
+        for (test, mut times, ceilings) in parts {
+            times.retain(|op| op.op.to_lowercase().contains(&wanted));
+            objects.push(json!({"test": test, "ceilings": ceilings, "ops": times}));
+            text += &format!("{test}\n\n{}\n", trace::table(&times));
+        }
+        super::print(&if self.json { format!("{}\n", json!(objects)) } else { text })
+    }
+}
+
+fn parse_shape(text: &str) -> std::result::Result<(usize, usize, usize), String> {
+    let numbers: Vec<usize> =
+        text.split(',').filter_map(|n| n.parse().ok().filter(|n| (1..=1 << 20).contains(n))).collect();
+    match numbers[..] {
+        [m, n, k] if text.split(',').count() == 3 && n.saturating_mul(k) <= 1 << 31 => Ok((m, n, k)),
+        _ => Err(format!("expected M,N,K such as 640,4096,4096, found {text:?}")),
+    }
+}
+
+/// Options of `tessera bench compare`.
+#[derive(Debug, Args)]
+struct Compare {
+    /// The report to compare with (json or jsonl)
+    a: PathBuf,
+    /// The report that is judged
+    b: PathBuf,
+    /// How much slower a test may be: 0.05 is 5 %
+    #[arg(long, value_name = "SHARE", default_value_t = 0.05)]
+    bound: f64,
+}
+
+impl Compare {
+    fn run(self) -> Result<()> {
+        if !(0.0..1.0).contains(&self.bound) {
+            return Err(Error::option("--bound", "a share from 0 to below 1", self.bound));
+        }
+        let found = compare::compare(&self.a, &self.b, self.bound)?;
+        super::print(&found.table())?;
+        match found.regressed() {
+            false => Ok(()),
+            true => Err(Error::checkpoint(
+                &self.b,
+                format!("is slower than {} by more than {:.0} %", self.a.display(), self.bound * 100.0),
+            )),
+        }
+    }
+}
+
+/// Options of `tessera bench startup`.
+#[derive(Debug, Args)]
+struct Startup {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Starts of each kind
+    #[arg(short = 'r', value_name = "N", default_value_t = 5)]
+    repetitions: u16,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+impl Startup {
+    fn run(self) -> Result<()> {
+        let (source, _) = self.model.load_options()?;
+        let program = std::env::current_exe().map_err(|error| Error::io("this program", error))?;
+        let mut text = String::from(
+            "| page cache | load mode | starts | ready ms p50 | first token ms p50 |\n| --- | --- | ---: | ---: | ---: |\n",
+        );
+        let mut objects = Vec::new();
+        for cold in [false, true] {
+            if let (true, Source::Directory(dir)) = (cold, &source) {
+                if !startup::forget(dir) {
+                    eprintln!("the page cache cannot be emptied of {}: no cold starts", dir.display());
+                    continue;
+                }
+            } else if cold {
+                continue;
+            }
+            for mode in ["mmap", "read"] {
+                let mut args =
+                    vec!["--model".to_string(), self.model.model.clone(), "--prompt".into(), "Hello".into()];
+                args.extend(["--load-mode".into(), mode.into()]);
+                args.extend(self.model.threads.iter().flat_map(|n| ["--threads".to_string(), n.to_string()]));
+                if !cold {
+                    startup::start(&program, &args)?;
+                }
+                let mut starts = Vec::new();
+                for _ in 0..self.repetitions.max(1) {
+                    if let (true, Source::Directory(dir)) = (cold, &source) {
+                        startup::forget(dir);
+                    }
+                    starts.push(startup::start(&program, &args)?);
+                }
+                let cache = if cold { "cold" } else { "warm" };
+                let p50 = |f: fn(&startup::Start) -> f64| {
+                    stats::percentile(&starts.iter().map(f).collect::<Vec<_>>(), 50.0)
+                };
+                text += &format!(
+                    "| {cache} | {mode} | {} | {:.1} | {:.1} |\n",
+                    starts.len(),
+                    p50(|s| s.ready_ms),
+                    p50(|s| s.first_token_ms)
+                );
+                objects.push(json!({"page_cache": cache, "load_mode": mode, "starts": starts}));
+            }
+        }
+        super::print(&if self.json { format!("{}\n", json!(objects)) } else { text })
+    }
+}

@@ -1,0 +1,101 @@
+// A library with the functions that the GPU driver calls, over the host's memory: enough to see that they are
+// called in an order that a GPU would accept. Its one kernel adds `add` to the number at `to`.
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { OK = 0, INVALID = 1, OUT_OF_MEMORY = 2, NOT_FOUND = 500, CAPTURING = 900 };
+typedef struct { uint32_t* to; uint32_t add, unused; } Args;
+typedef struct { int capturing, pending; } Stream;
+typedef struct { int launches; Args args[64]; } Graph;
+typedef struct { Stream* after; } Event;
+
+static __thread int current;  // whether this thread entered the context
+static Graph recorded;
+static long allocated, pinned, contexts, streams, graphs, modules;
+
+int cuInit(unsigned flags) { return flags ? INVALID : OK; }
+int cuDriverGetVersion(int* v) { *v = 12040; return OK; }
+int cuGetErrorName(int e, const char** s) { *s = e == OUT_OF_MEMORY ? "CUDA_ERROR_OUT_OF_MEMORY" : "CUDA_ERROR"; return OK; }
+int cuGetErrorString(int e, const char** s) { (void)e; *s = "a made-up error"; return OK; }
+int cuDeviceGetCount(int* n) { *n = 1; return OK; }
+int cuDeviceGet(int* d, int i) { *d = 7; return i == 0 ? OK : INVALID; }
+int cuDeviceGetName(char* s, int n, int d) { snprintf(s, n, "Fake %d", d); return OK; }
+int cuDeviceGetAttribute(int* v, int a, int d) {
+    *v = a == 16 ? 4 : a == 97 ? 101376 : a == 75 ? 8 : a == 76 ? 6 : -1;
+    return d == 7 ? OK : INVALID;
+}
+int cuDeviceTotalMem_v2(size_t* n, int d) { *n = 1 << 28; return d == 7 ? OK : INVALID; }
+int cuDevicePrimaryCtxRetain(void** c, int d) { contexts++; *c = &contexts; return d == 7 ? OK : INVALID; }
+int cuDevicePrimaryCtxRelease_v2(int d) {
+    contexts--;
+    // What is left when the last one closes the context is a leak.
+    printf("left: %ld bytes, %ld pinned, %ld streams, %ld graphs, %ld modules, %ld contexts\n", allocated, pinned, streams,
+           graphs, modules, contexts);
+    fflush(stdout);
+    return d == 7 ? OK : INVALID;
+}
+int cuCtxSetCurrent(void* c) { current = c == &contexts; return current ? OK : INVALID; }
+int cuStreamCreate(Stream** s, unsigned flags) { streams++; *s = calloc(1, sizeof **s); return current && flags == 1 ? OK : INVALID; }
+int cuStreamDestroy_v2(Stream* s) { streams--; free(s); return current ? OK : INVALID; }
+int cuStreamSynchronize(Stream* s) { s->pending = 0; return !current ? INVALID : s->capturing ? CAPTURING : OK; }
+int cuStreamBeginCapture_v2(Stream* s, int mode) { recorded.launches = 0; s->capturing = 1; return current && mode == 1 ? OK : INVALID; }
+int cuStreamEndCapture(Stream* s, Graph** g) {
+    if (!s->capturing) return INVALID;
+    s->capturing = 0, graphs++;
+    *g = malloc(sizeof **g), **g = recorded;
+    return OK;
+}
+int cuGraphInstantiateWithFlags(Graph** e, Graph* g, unsigned long long flags) { graphs++; *e = malloc(sizeof **e), **e = *g; return flags ? INVALID : OK; }
+int cuGraphDestroy(Graph* g) { graphs--; free(g); return OK; }
+int cuGraphExecDestroy(Graph* g) { graphs--; free(g); return OK; }
+int cuGraphLaunch(Graph* g, Stream* s) {
+    for (int i = 0; i < g->launches; i++) *g->args[i].to += g->args[i].add;
+    return current && !s->capturing ? OK : INVALID;
+}
+int cuMemGetInfo_v2(size_t* f, size_t* t) { *t = 1 << 28, *f = *t - allocated; return current ? OK : INVALID; }
+int cuMemAlloc_v2(uint64_t* p, size_t n) {
+    if (!current || !n) return INVALID;
+    if (allocated + n > 1 << 28) return OUT_OF_MEMORY;
+    // The length stands in front, so that it can be taken back.
+    char* at = aligned_alloc(256, 256 + (n + 255) / 256 * 256);
+    memcpy(at, &n, sizeof n), allocated += n, *p = (uint64_t)(at + 256);
+    return OK;
+}
+int cuMemFree_v2(uint64_t p) { char* at = (char*)p - 256; size_t n; memcpy(&n, at, sizeof n), allocated -= n, free(at); return current ? OK : INVALID; }
+int cuMemAllocHost_v2(void** p, size_t n) { pinned++; *p = malloc(n); return current ? OK : INVALID; }
+int cuMemFreeHost(void* p) { pinned--; free(p); return current ? OK : INVALID; }
+
+// Copies from pinned memory are late: they are made when their event is waited for, as late as a GPU might.
+static struct { void* to; const void* from; size_t n; Event* event; } late[2];
+static int lates;
+static void land(void) { for (int i = 0; i < lates; i++) memcpy(late[i].to, late[i].from, late[i].n); lates = 0; }
+int cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t n, Stream* s) {
+    if (!current || s->capturing) return INVALID;
+    if (n < 4096) { land(); memcpy((void*)to, from, n); return OK; }
+    if (lates == 2) land();
+    late[lates].to = (void*)to, late[lates].from = from, late[lates].n = n, lates++;
+    return OK;
+}
+int cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t n, Stream* s) { land(); s->pending = 1; memcpy(to, (void*)from, n); return current ? OK : INVALID; }
+int cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t n, Stream* s) { land(); memcpy((void*)to, (void*)from, n); return current && !s->capturing ? OK : INVALID; }
+int cuMemsetD8Async(uint64_t to, unsigned char b, size_t n, Stream* s) { land(); memset((void*)to, b, n); return current && !s->capturing ? OK : INVALID; }
+int cuEventCreate(Event** e, unsigned flags) { *e = calloc(1, sizeof **e); return current && (flags == 2 || flags == 0) ? OK : INVALID; }
+int cuEventElapsedTime_v2(float* ms, Event* a, Event* b) { *ms = 1.5f; return current && a->after && b->after ? OK : INVALID; }
+int cuEventDestroy_v2(Event* e) { free(e); return OK; }
+int cuEventRecord(Event* e, Stream* s) { e->after = s; return OK; }
+int cuEventSynchronize(Event* e) { if (e->after) land(); return current ? OK : INVALID; }
+int cuModuleLoadData(void** m, const void* image) { modules++; *m = &modules; return current && (uintptr_t)image % 8 == 0 && !memcmp(image, "fake", 4) ? OK : INVALID; }
+int cuModuleUnload(void* m) { modules--; return m == &modules && current ? OK : INVALID; }
+int cuModuleGetFunction(void** f, void* m, const char* name) { *f = &recorded; return m != &modules ? INVALID : strcmp(name, "add_bf16") ? NOT_FOUND : OK; }
+int cuFuncSetAttribute(void* f, int a, int v) { return f == &recorded && a == 8 && v == 101376 ? OK : INVALID; }
+int cuLaunchKernel(void* f, unsigned x, unsigned y, unsigned z, unsigned bx, unsigned by, unsigned bz, unsigned shared, Stream* s,
+                   void** params, void** extra) {
+    if (!current || f != &recorded || x * y * z != 6 || bx != 32 || by * bz != 1 || shared != 64 || extra) return INVALID;
+    if ((uintptr_t)params[0] % 64) return INVALID;  // as a tensor map would need it
+    Args* args = params[0];
+    if (s->capturing) recorded.args[recorded.launches++] = *args;
+    else *args->to += args->add;
+    return OK;
+}

@@ -16,6 +16,7 @@ mod embed;
 #[cfg(feature = "emu")]
 pub mod emu;
 pub mod gpu;
+mod library;
 mod linear;
 mod matvec;
 mod norm;

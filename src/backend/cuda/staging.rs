@@ -1,6 +1,6 @@
 //! Two pinned buffers through which weights stream to a GPU: while one is copied, the other is filled.
 
-use super::gpu::check;
+use super::library::check;
 use cudarc::driver::sys::{self, CUresult};
 use std::ffi::c_void;
 use std::ptr;
@@ -8,7 +8,7 @@ use std::ptr;
 /// Bytes of one buffer: large enough that starting a copy (10 us) is nothing beside it (1 ms at 25 GB/s).
 const BYTES: usize = 32 << 20;
 
-/// The functions called here, by the names they have in the library; [`gpu`](super::gpu) probes them.
+/// The functions called here, by the names they have in the library; [`library`](super::library) probes them.
 pub(super) const FUNCTIONS: [&str; 7] = [
     "cuMemAllocHost_v2",
     "cuMemFreeHost",

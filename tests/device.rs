@@ -189,6 +189,7 @@ fn executor(backend: &Arc<dyn Backend>, graph: &Arc<Graph>, max: Bindings, state
     Executor::new(graph.clone(), backend.clone(), plan, arena, states)
 }
 
+#[cfg_attr(not(feature = "emu"), allow(dead_code, reason = "a test on the emulated device frees a state"))]
 /// The language graph of a model with memory of its own, ready for a step of `tokens` rows from position 0.
 struct Language {
     executor: Executor,
@@ -232,6 +233,7 @@ impl Language {
         Language { executor, bindings, states }
     }
 
+    #[cfg(feature = "emu")]
     fn run(&mut self) -> tessera::Result<()> {
         // SAFETY: every index input was written by `new` with rows, slots and pages that exist. (One test frees
         // a state, on a device that notices.)

@@ -53,7 +53,7 @@ impl CudaBackend {
     /// A backend over a driver, in bf16 or f16.
     ///
     /// # Errors
-    /// [`Error::Option`](crate::Error::Option) for another dtype; what the driver says.
+    /// [`Error::Option`] for another dtype; what the driver says.
     pub fn new(driver: Arc<dyn Driver>, dtype: DType) -> Result<Self> {
         Ok(CudaBackend { device: Device::new(driver, dtype)?, tied: Tied::default(), check_launches: false })
     }

@@ -112,6 +112,7 @@ fn a_row_says_what_its_samples_say() {
         latencies: vec![("ITL", vec![0.002, 0.004, 0.003])],
         steps: vec![step; 4],
         launches: 80,
+        replayed: false,
     };
     // A step's bytes take 2 ms at 20 GB/s, its FLOPs 0.01 ms at 100 GFLOP/s: the floor of four is 8 ms.
     let ceilings = Ceilings { flops_per_s: 1e11, bytes_per_s: 2e10 };

@@ -25,6 +25,8 @@ pub struct Measured {
     pub steps: Vec<Cost>,
     /// Ops that were started in one repetition.
     pub launches: usize,
+    /// Whether recorded launches were replayed.
+    pub replayed: bool,
 }
 
 /// Side lengths of the pictures that are drawn.
@@ -58,6 +60,12 @@ pub fn measure(
         }
         (all.units, all.steps, all.launches) = (done.units, done.steps, done.launches);
     }
+    let session = engine.session();
+    all.replayed = match test {
+        Test::Image { .. } => session.vision().is_some_and(|vision| vision.replays()),
+        Test::Text { .. } => session.language().replays(),
+        Test::FirstToken { .. } => session.vision().is_some_and(|vision| vision.replays()),
+    };
     Ok(all)
 }
 

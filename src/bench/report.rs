@@ -73,10 +73,12 @@ impl Subject {
             weights.iter().max_by_key(|weight| weight.bytes()).map_or(DType::F32, |weight| weight.dtype);
         let kind = if model.vision().is_some() { "llava" } else { "llama" };
         let kv = model.backend().dtype().name().to_string();
+        // The CPU computes in f32, every other device in 16 bits.
+        let on_cpu = model.backend().dtype() == DType::F32;
         Subject {
             build_commit: environment::commit().into(),
             cpu_info: environment::cpu(),
-            gpu_info: String::new(),
+            gpu_info: if on_cpu { String::new() } else { model.backend().describe() },
             backends: model.backend().describe(),
             model_filename: model.name().into(),
             model_type: format!("{kind} {} {}", count(params), dtype.name().to_uppercase()),
@@ -84,7 +86,7 @@ impl Subject {
             model_n_params: params,
             weights_sha256_sampled: digest(model),
             n_batch,
-            n_threads: threads,
+            n_threads: if on_cpu { threads } else { 0 },
             type_k: kv.clone(),
             type_v: kv,
             use_mmap: load_mode == LoadMode::Mmap,
@@ -200,7 +202,7 @@ pub struct Row {
     pub bytes: u64,
     /// Ops started per step, counted: the launches of a token in decode.
     pub launches_per_step: f64,
-    /// Whether recorded launches were replayed; on the CPU there is nothing to record.
+    /// Whether recorded launches were replayed, as a GPU's vision and decode steps are.
     pub graph_replay: bool,
     /// The higher of the ceilings measured right before and right after; none where nothing is timed.
     pub ceilings: Option<Ceilings>,
@@ -274,7 +276,7 @@ impl Row {
             flops: work.flops,
             bytes: work.bytes,
             launches_per_step: measured.launches as f64 / measured.steps.len().max(1) as f64,
-            graph_replay: false,
+            graph_replay: measured.replayed,
             ceilings,
             floor_ms: floor.map(|s| s * 1e3),
             tflops: rate(work.flops).map(|r| r / 1e12),

@@ -162,6 +162,11 @@ impl Executor {
         &self.plan
     }
 
+    /// Whether any of its work has been recorded and is replayed.
+    pub fn replays(&self) -> bool {
+        self.recordings.iter().any(|(_, recorded)| matches!(recorded, Recorded::Ready(_)))
+    }
+
     /// Writes down from now on when nodes run, the first `capacity` of them; 0 stops it. It costs two
     /// readings of the clock a node.
     pub fn record(&mut self, capacity: usize) {

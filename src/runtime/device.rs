@@ -3,7 +3,7 @@
 use crate::backend::Backend;
 use crate::backend::cpu::CpuBackend;
 use crate::backend::cuda::driver::Driver;
-use crate::backend::cuda::{CudaBackend, gpu};
+use crate::backend::cuda::{CudaBackend, gpu, ledger};
 use crate::error::{Error, Result};
 use crate::tensor::DType;
 use std::fmt;
@@ -13,7 +13,8 @@ use std::sync::Arc;
 /// Where a model runs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Device {
-    /// The first GPU if there is one that can be used, otherwise the processor.
+    /// The first GPU if there is one that can be used and the [`ledger`] says that every kernel, as it stands,
+    /// has been verified on one; otherwise the processor.
     #[default]
     Auto,
     /// The processor.
@@ -51,11 +52,11 @@ impl DeviceOptions {
     ) -> Result<Arc<dyn Backend>> {
         let driver = match self.device {
             Device::Cpu => None,
-            Device::Auto => match gpu::Gpu::open(0) {
-                Ok(gpu) => Some(Arc::new(gpu) as Arc<dyn Driver>),
-                // `tessera devices` tells the reason.
-                Err(_) => None,
-            },
+            // `tessera devices` tells why there is none.
+            Device::Auto if ledger::verified_on_gpu() => {
+                gpu::Gpu::open(0).ok().map(|gpu| Arc::new(gpu) as Arc<dyn Driver>)
+            }
+            Device::Auto => None,
             Device::Cuda(ordinal) => Some(Arc::new(gpu::Gpu::open(ordinal)?) as _),
             Device::Emu => Some(emulator()?),
         };

@@ -1,4 +1,4 @@
-//! The driver of a GPU, over NVIDIA's library ([`library`](super::library)).
+//! The driver of a GPU, over NVIDIA's library (`library.rs`).
 
 use super::clock::Clock;
 use super::driver::{Driver, Kernel, Limits, Shape};

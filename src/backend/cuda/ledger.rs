@@ -105,6 +105,11 @@ pub fn states() -> Vec<(&'static str, State)> {
     files.map(|file| (file, state(entries.get(file), &digest(file, SOURCES)))).collect()
 }
 
+/// Whether every file of kernels, as it stands, has passed on a GPU.
+pub fn verified_on_gpu() -> bool {
+    states().iter().all(|(_, state)| matches!(state, State::Gpu(_)))
+}
+
 fn state(entry: Option<&Entry>, digest: &str) -> State {
     match entry.filter(|entry| entry.digest == digest) {
         Some(Entry { gpu: Some(run), .. }) => State::Gpu(run.clone()),

@@ -3,7 +3,7 @@
 //!
 //! Older savers omit whatever equals the class default, so the defaults here are those of transformers'
 //! `LlavaConfig`, `LlavaNextConfig`, `LlamaConfig`, `MistralConfig` and `CLIPVisionConfig`, and not those of
-//! any one model. The original LLaVA's configurations have keys and defaults of their own, in [`original`].
+//! any one model. The original LLaVA's configurations have keys and defaults of their own, in `original.rs`.
 //! Keys that were renamed over the years (`torch_dtype`, `rope_theta`, `image_token_id`, ...) are read
 //! in all their spellings.
 

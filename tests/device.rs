@@ -18,14 +18,19 @@ use tessera::runtime::{Advance, Engine, Input, LoadOptions, Model, Phase, Pixels
 use tessera::runtime::{Sequence, Session, SessionOptions, Source, Want};
 use tessera::tensor::{Bindings, DType};
 
-/// Models small enough for the emulated device: every attention and every projector there is, f32, f16 and bf16.
-const CASES: [&str; 6] = [
+/// Models small enough for the emulated device: every attention and every projector there is, tiles, f32, f16 and bf16.
+const CASES: [&str; 11] = [
     "a_llava15_new_bf16",
     "b_llava15_old_f16_sharded",
     "j_llama_chatml_f32",
     "features_concat_full",
     "text_mqa_bias_tied_llama3",
     "rope_linear_mixed_dtypes",
+    "g_llava_next_bf16",
+    "next_llama3",
+    "e1_original_linear",
+    "e3_original_inside",
+    "e4_original_identity",
 ];
 
 fn load(backend: Arc<dyn Backend>, source: &Source) -> Arc<Model> {
@@ -38,7 +43,7 @@ fn cpu() -> Arc<dyn Backend> {
 
 fn session(model: &Arc<Model>) -> Session {
     let options = SessionOptions {
-        context: Some(256.min(model.config().text.max_positions)),
+        context: Some(512.min(model.config().text.max_positions)),
         prefill_chunk: 256,
         max_sequences: 3,
         all_logits: true,

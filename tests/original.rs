@@ -80,6 +80,36 @@ fn published_configs_mean_what_the_original_code_makes_of_them() {
     assert_eq!(others.picture_tokens, ["<im_start>", "<im_end>"]);
 }
 
+/// LLaVA 1.6 as published: (width, height) where transformers writes (height, width), and a margin that is not
+/// rounded as transformers rounds it.
+#[test]
+fn version_1_6_sees_tiles() {
+    let grid = json!([[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]);
+    let next = |changes: Value| {
+        let mut config = json!({
+            "image_aspect_ratio": "anyres", "image_grid_pinpoints": grid, "mm_patch_merge_type": "spatial_unpad",
+        });
+        config.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+        parse(config)
+    };
+    let config = next(json!({})).unwrap();
+    let tiling = config.tiling.as_ref().unwrap();
+    assert_eq!(tiling.resolutions()[3], (1008, 336));
+    assert_eq!((config.pads, config.square_rows(), tiling.max_tokens()), (false, 576, 2928));
+    // A square picture fills 672x672: the whole, four tiles, and a newline behind each of 48 lines.
+    assert_eq!(config.image_tokens(1000, 1000), 576 + 4 * 576 + 48);
+    assert_eq!(next(json!({"mm_patch_merge_type": "flat"})).unwrap().image_tokens(1000, 1000), 5 * 576);
+    for (wrong, key) in [
+        (json!({"mm_vision_select_feature": "cls_patch"}), "mm_vision_select_feature"),
+        (json!({"image_grid_pinpoints": []}), "image_grid_pinpoints"),
+        (json!({"image_aspect_ratio": "anyres_max_9"}), "image_aspect_ratio"),
+        (json!({"mm_patch_merge_type": "maxpool2x2"}), "mm_patch_merge_type"),
+    ] {
+        let error = next(wrong).unwrap_err().to_string();
+        assert!(error.contains(key), "{error}");
+    }
+}
+
 #[test]
 fn what_the_original_code_refuses_is_named() {
     for (key, changes, part) in [

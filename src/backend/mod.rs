@@ -137,11 +137,12 @@ pub trait Backend: Send + Sync {
     /// The dtype of activations and of the KV cache: f32 on the CPU, 16 bits on a GPU.
     fn dtype(&self) -> DType;
 
-    /// Measures what the device can do at most, on the threads that run ops; `None` where nothing is timed.
+    /// Measures what the device can do at most, on the threads that run ops; `None` where nothing is timed. The
+    /// CPU reads `weights`, if they are more than its caches hold: the ceiling of those very pages.
     ///
     /// # Errors
     /// [`Error::Memory`](crate::Error::Memory) if there is no room for what is read.
-    fn ceilings(&self) -> Result<Option<Ceilings>> {
+    fn ceilings(&self, _weights: &[u8]) -> Result<Option<Ceilings>> {
         Ok(None)
     }
 

@@ -152,9 +152,9 @@ impl Bench {
         let threads =
             load.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()));
         let subject = Subject::new(engine.model(), load.load_mode, threads, engine.session().prefill_chunk());
-        let backend = engine.model().backend().clone();
+        let model = engine.model().clone();
         let mut rows = Vec::new();
-        let mut before = backend.ceilings()?;
+        let mut before = model.ceilings()?;
         for test in tests {
             if self.progress {
                 eprintln!("{test}");
@@ -167,7 +167,7 @@ impl Bench {
             };
             let measured = measure(&mut engine, test, repetitions, picture)?;
             // What was measured after one test was measured before the next.
-            let after = backend.ceilings()?;
+            let after = model.ceilings()?;
             let ceilings = before.zip(after).map(|(a, b)| Ceilings::max(a, b));
             before = after;
             rows.push(Row::new(&subject, test, &measured, repetitions.0, ceilings, watch.end(), began));
@@ -263,7 +263,7 @@ impl Ops {
         if let Some(shape) = self.shape {
             let backend: Arc<dyn crate::backend::Backend> =
                 Arc::new(crate::backend::cpu::CpuBackend::new(load.threads)?);
-            let ceilings = backend.ceilings()?;
+            let ceilings = backend.ceilings(&[])?;
             let times = ops::time_linear(&backend, shape, self.model.dtype.weights(), repetitions, ceilings)?;
             parts.push((format!("linear {}x{}x{}", shape.0, shape.1, shape.2), times, ceilings));
         } else {
@@ -274,9 +274,9 @@ impl Ops {
                 tests.insert(0, Test::Image { images: 1 });
             }
             let mut engine = engine(model, &tests, SessionOptions::default().prefill_chunk)?;
-            let backend = engine.model().backend().clone();
+            let model = engine.model().clone();
             for test in tests {
-                let ceilings = backend.ceilings()?;
+                let ceilings = model.ceilings()?;
                 parts.push((
                     test.to_string(),
                     ops::time_ops(&mut engine, test, repetitions, ceilings)?,

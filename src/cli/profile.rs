@@ -47,7 +47,7 @@ impl Profile {
         let picture = self.image.as_deref().map(super::read).transpose()?;
         // Once without a watch, so that nothing is done for the first time; once with one.
         self.answer(&mut engine, picture.as_deref(), self.max_tokens.min(2))?;
-        let ceilings = engine.model().backend().ceilings()?;
+        let ceilings = engine.model().ceilings()?;
         let nodes = |executor: Option<&Executor>| executor.map_or(0, |e| e.graph().nodes.len());
         let session = engine.session();
         let most = nodes(Some(session.language())).max(nodes(session.vision()));

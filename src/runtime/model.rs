@@ -1,8 +1,8 @@
 //! A model: what a checkpoint says and holds, ready to be run by any number of sessions.
 
 use super::device::DeviceOptions;
-use crate::backend::Backend;
 use crate::backend::cpu::physical_memory;
+use crate::backend::{Backend, Ceilings};
 use crate::error::{Error, Result};
 use crate::folder::Folder;
 use crate::graph::Graph;
@@ -306,6 +306,16 @@ impl Model {
     /// Bytes of the weights that the graphs use.
     pub fn weight_bytes(&self) -> u64 {
         self.language().weight_bytes() + self.vision().map_or(0, |vision| vision.graph.weight_bytes())
+    }
+
+    /// What the device can do at most, on this model's own weights; see [`Backend::ceilings`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn ceilings(&self) -> Result<Option<Ceilings>> {
+        let largest =
+            self.weights.storages().map(|storage| storage.as_bytes()).max_by_key(|bytes| bytes.len());
+        self.backend.ceilings(largest.unwrap_or_default())
     }
 
     /// The device.

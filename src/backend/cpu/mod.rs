@@ -101,7 +101,15 @@ impl Backend for CpuBackend {
         DType::F32
     }
 
-    fn ceilings(&self) -> Result<Option<Ceilings>> {
+    fn ceilings(&self, weights: &[u8]) -> Result<Option<Ceilings>> {
+        let flops_per_s = ceilings::fma_rate(&self.machine);
+        if weights.len() >= CEILING_BYTES {
+            let weights = &weights[..weights.len().min(4 * CEILING_BYTES)];
+            return Ok(Some(Ceilings {
+                flops_per_s,
+                bytes_per_s: ceilings::read_rate(&self.machine, weights),
+            }));
+        }
         // Larger than any cache, in small pages as mapped weights are; written, or all of it would be
         // one page of zeros.
         let mut memory = memmap2::MmapMut::map_anon(CEILING_BYTES).map_err(|error| Error::Memory {
@@ -111,9 +119,7 @@ impl Backend for CpuBackend {
             remedy: format!("; the system says: {error}"),
         })?;
         memory.fill(1);
-        let (flops_per_s, bytes_per_s) =
-            (ceilings::fma_rate(&self.machine), ceilings::read_rate(&self.machine, &memory));
-        Ok(Some(Ceilings { flops_per_s, bytes_per_s }))
+        Ok(Some(Ceilings { flops_per_s, bytes_per_s: ceilings::read_rate(&self.machine, &memory) }))
     }
 
     fn alloc(&self, what: &str, bytes: usize) -> Result<Buffer> {

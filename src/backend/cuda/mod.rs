@@ -149,7 +149,7 @@ impl Backend for CudaBackend {
         self.device.dtype()
     }
 
-    fn ceilings(&self) -> Result<Option<Ceilings>> {
+    fn ceilings(&self, _: &[u8]) -> Result<Option<Ceilings>> {
         match self.device.driver().time(&mut || Ok(()))? {
             Some(_) => ceiling::measure(&self.device).map(Some),
             None => Ok(None),

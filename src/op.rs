@@ -12,6 +12,7 @@ mod infer;
 use crate::error::Result;
 use crate::tensor::{DType, TensorType, View, Weight};
 use infer::Check;
+use std::ops::AddAssign;
 
 /// Token positions in one page of the KV cache. Sixteen positions are one vector of scores on every
 /// instruction set, and at 16 bits and 128 dims a page of one head is 4 KiB, whole sectors on a GPU.
@@ -226,6 +227,12 @@ pub struct Cost {
     pub bytes: u64,
 }
 
+impl AddAssign for Cost {
+    fn add_assign(&mut self, more: Cost) {
+        *self = Cost { flops: self.flops + more.flops, bytes: self.bytes + more.bytes };
+    }
+}
+
 /// At most two results.
 pub type Outs = Vec<TensorType>;
 
@@ -366,5 +373,12 @@ impl KvExtent {
     /// One sequence that advances by `tokens` rows from `past` cached positions.
     pub fn of(past: usize, tokens: usize) -> Self {
         KvExtent { pairs: tokens * past + tokens * (tokens + 1) / 2, rows: past + tokens }
+    }
+}
+
+impl AddAssign for KvExtent {
+    /// Another sequence of the same step.
+    fn add_assign(&mut self, more: KvExtent) {
+        *self = KvExtent { pairs: self.pairs + more.pairs, rows: self.rows + more.rows };
     }
 }

@@ -102,7 +102,7 @@ fn work_of_the_7b_model_is_what_a_person_counts() {
 fn a_row_says_what_its_samples_say() {
     let model =
         Model::load(&Source::Demo, &LoadOptions { threads: Some(1), ..LoadOptions::default() }).unwrap();
-    let subject = Subject::new(&model, LoadMode::Mmap, 1, 64);
+    let subject = Subject::new(&model, LoadMode::Mmap, 64);
     assert_eq!(subject.weights_sha256_sampled.len(), 64);
     let test = Test::Text { prompt: 0, generate: 4, depth: 8, batch: 2 };
     let step = Cost { flops: 1_000_000, bytes: 40_000_000 };

@@ -134,6 +134,11 @@ pub trait Backend: Send + Sync {
     /// The name, as the command line spells it, and what the device is.
     fn describe(&self) -> String;
 
+    /// Threads of this machine that compute; 0 where another device does.
+    fn threads(&self) -> usize {
+        0
+    }
+
     /// The dtype of activations and of the KV cache: f32 on the CPU, 16 bits on a GPU.
     fn dtype(&self) -> DType;
 

@@ -6,7 +6,7 @@
 
 use super::plan::Test;
 use crate::error::Result;
-use crate::op::{Cost, KvExtent, PAGE};
+use crate::op::{Cost, KvExtent};
 use crate::runtime::{Advance, Engine, Phase, Sampling, Sequence, Want};
 use crate::tensor::Bindings;
 use image::codecs::jpeg::JpegEncoder;
@@ -62,9 +62,10 @@ pub fn measure(
     }
     let session = engine.session();
     all.replayed = match test {
-        Test::Image { .. } => session.vision().is_some_and(|vision| vision.replays()),
+        Test::Image { .. } | Test::FirstToken { .. } => {
+            session.vision().is_some_and(|vision| vision.replays())
+        }
         Test::Text { .. } => session.language().replays(),
-        Test::FirstToken { .. } => session.vision().is_some_and(|vision| vision.replays()),
     };
     Ok(all)
 }
@@ -234,22 +235,12 @@ impl Run<'_> {
     }
 
     fn step(&mut self, advances: &mut [Advance<'_>]) -> Result<()> {
-        let language = self.engine.session().language();
-        let mut bindings = Bindings { tokens: 0, outputs: 0, table_entries: 0, ..language.plan().max };
-        let mut kv = KvExtent::default();
-        for advance in advances.iter() {
-            let past = advance.sequence.cached();
-            let extent = KvExtent::of(past, advance.tokens);
-            bindings.tokens += advance.tokens;
-            bindings.outputs += usize::from(advance.want == Want::Next);
-            bindings.table_entries += (past + advance.tokens).div_ceil(PAGE);
-            (kv.pairs, kv.rows) = (kv.pairs + extent.pairs, kv.rows + extent.rows);
-        }
-        let nodes = language.graph().nodes.len();
-        self.done.steps.push(language.graph().cost(0..nodes, &bindings, kv));
-        self.done.launches += nodes;
         let control = self.engine.control.clone();
-        self.engine.session_mut().step(advances, &control)
+        self.engine.session_mut().step(advances, &control)?;
+        let session = self.engine.session();
+        self.done.steps.push(session.step_cost());
+        self.done.launches += session.language().graph().nodes.len();
+        Ok(())
     }
 
     fn latency(&mut self, name: &'static str, time: Duration) {

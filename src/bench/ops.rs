@@ -30,14 +30,14 @@ pub fn time_ops(
     let nodes =
         session.language().graph().nodes.len() + session.vision().map_or(0, |v| v.graph().nodes.len());
     let steps = 2 + test.positions(0);
-    engine.session_mut().record(nodes * steps * timed.max(1));
+    engine.session_mut().trace(nodes * steps * timed.max(1));
     let done = measure(engine, test, (0, timed.max(1)), None);
     let session = engine.session();
     let ops = match (test, session.vision()) {
         (Test::Image { .. }, Some(vision)) => summary(vision, ceilings),
         _ => summary(session.language(), ceilings),
     };
-    engine.session_mut().record(0);
+    engine.session_mut().trace(0);
     done.map(|_| ops)
 }
 
@@ -79,7 +79,7 @@ pub fn time_linear(
     executor.write(x, &zeros)?;
     let control = Control::default();
     for timed in [false, true] {
-        executor.record(if timed { copies * repetitions.1.max(1) } else { 0 });
+        executor.trace(if timed { copies * repetitions.1.max(1) } else { 0 });
         for _ in 0..if timed { repetitions.1.max(1) } else { repetitions.0.max(1) } {
             // SAFETY: the graph has no index inputs and no states, and nobody else has its arena.
             unsafe { executor.run(&bindings, &control)? };

@@ -63,7 +63,7 @@ pub struct Subject {
 
 impl Subject {
     /// Describes a model on its device.
-    pub fn new(model: &Model, load_mode: LoadMode, threads: usize, n_batch: usize) -> Self {
+    pub fn new(model: &Model, load_mode: LoadMode, n_batch: usize) -> Self {
         let graphs = [Some(model.language()), model.vision().map(|vision| &vision.graph)];
         let weights: Vec<_> =
             graphs.into_iter().flatten().flat_map(|graph| &graph.weights).map(|weight| weight.ty).collect();
@@ -73,12 +73,11 @@ impl Subject {
             weights.iter().max_by_key(|weight| weight.bytes()).map_or(DType::F32, |weight| weight.dtype);
         let kind = if model.vision().is_some() { "llava" } else { "llama" };
         let kv = model.backend().dtype().name().to_string();
-        // The CPU computes in f32, every other device in 16 bits.
-        let on_cpu = model.backend().dtype() == DType::F32;
+        let threads = model.backend().threads();
         Subject {
             build_commit: environment::commit().into(),
             cpu_info: environment::cpu(),
-            gpu_info: if on_cpu { String::new() } else { model.backend().describe() },
+            gpu_info: if threads > 0 { String::new() } else { model.backend().describe() },
             backends: model.backend().describe(),
             model_filename: model.name().into(),
             model_type: format!("{kind} {} {}", count(params), dtype.name().to_uppercase()),
@@ -86,7 +85,7 @@ impl Subject {
             model_n_params: params,
             weights_sha256_sampled: digest(model),
             n_batch,
-            n_threads: if on_cpu { threads } else { 0 },
+            n_threads: threads,
             type_k: kv.clone(),
             type_v: kv,
             use_mmap: load_mode == LoadMode::Mmap,
@@ -240,10 +239,8 @@ impl Row {
         let timed = ceilings.is_some();
         let seconds: &[f64] = if timed { &measured.samples } else { &[] };
         let per_second: Vec<f64> = seconds.iter().map(|s| measured.units as f64 / s).collect();
-        let work = measured.steps.iter().fold(Cost::default(), |sum, step| Cost {
-            flops: sum.flops + step.flops,
-            bytes: sum.bytes + step.bytes,
-        });
+        let mut work = Cost::default();
+        measured.steps.iter().for_each(|step| work += *step);
         let floor = ceilings.map(|c| measured.steps.iter().map(|step| c.floor(*step)).sum::<f64>());
         let time = mean(seconds);
         let rate = |work: u64| timed.then(|| work as f64 / time);

@@ -8,6 +8,8 @@ use crate::bench::plan::{Plan, Test, parse_list, parse_pair};
 use crate::bench::report::{Format, Row, Subject, write};
 use crate::bench::{compare, ops, startup, stats, trace};
 use crate::error::{Error, Result};
+use crate::op::PAGE;
+use crate::runtime::kv::page_bytes;
 use crate::runtime::{Engine, LoadOptions, Model, Session, SessionOptions, Source};
 use clap::{Args, Subcommand};
 use serde_json::json;
@@ -149,9 +151,7 @@ impl Bench {
         let tests = fitting(plan, &model);
         let mut engine = engine(model, &tests, self.prefill_chunk)?;
         super::run::stop_on_ctrl_c(&engine.control)?;
-        let threads =
-            load.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()));
-        let subject = Subject::new(engine.model(), load.load_mode, threads, engine.session().prefill_chunk());
+        let subject = Subject::new(engine.model(), load.load_mode, engine.session().prefill_chunk());
         let model = engine.model().clone();
         let mut rows = Vec::new();
         let mut before = model.ceilings()?;
@@ -190,13 +190,10 @@ fn engine(model: Arc<Model>, tests: &[Test], prefill_chunk: usize) -> Result<Eng
         config.tiling.as_ref().map_or_else(|| config.square_rows(), |tiling| tiling.max_tokens());
     let longest = tests.iter().map(|test| test.positions(image_tokens)).max().unwrap_or(0).max(1);
     let sequences = tests.iter().map(Test::batch).max().unwrap_or(1).max(1);
-    let page = crate::op::PAGE;
-    let config = &config.text;
-    let kv_width =
-        2 * config.num_layers * config.num_kv_heads * config.head_dim * model.backend().dtype().size();
+    let pages = sequences * longest.div_ceil(PAGE);
     let options = SessionOptions {
         context: Some(longest),
-        kv_memory: Some((sequences * longest.next_multiple_of(page) * kv_width) as u64),
+        kv_memory: Some((pages * page_bytes(&config.text, model.backend().dtype())) as u64),
         prefill_chunk,
         max_sequences: sequences,
         ..SessionOptions::default()
@@ -261,10 +258,10 @@ impl Ops {
         let repetitions = (1, usize::from(self.repetitions));
         let mut parts = Vec::new();
         if let Some(shape) = self.shape {
-            let backend: Arc<dyn crate::backend::Backend> =
-                Arc::new(crate::backend::cpu::CpuBackend::new(load.threads)?);
+            let dtype = self.model.dtype.weights();
+            let backend = load.device.open(load.threads, || Ok(Some(dtype)))?;
             let ceilings = backend.ceilings(&[])?;
-            let times = ops::time_linear(&backend, shape, self.model.dtype.weights(), repetitions, ceilings)?;
+            let times = ops::time_linear(&backend, shape, dtype, repetitions, ceilings)?;
             parts.push((format!("linear {}x{}x{}", shape.0, shape.1, shape.2), times, ceilings));
         } else {
             let model = Arc::new(Model::load(&source, &load)?);

@@ -117,8 +117,7 @@ fn nodes(graph: &Graph, plan: &Plan, bindings: &Bindings, kv: KvExtent) -> Strin
     for node in &graph.nodes {
         let shapes = graph.shapes(node, bindings);
         let cost = node.op.cost(&shapes.ins, &graph.weight_types(node), &shapes.outs, kv);
-        total.flops += cost.flops;
-        total.bytes += cost.bytes;
+        total += cost;
         let show = |views: &[View]| {
             let shapes: Vec<_> = views.iter().map(|v| format!("{}x{}", v.rows, v.cols)).collect();
             shapes.join(" ")

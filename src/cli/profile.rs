@@ -53,7 +53,7 @@ impl Profile {
         let most = nodes(Some(session.language())).max(nodes(session.vision()));
         let steps = session.context().div_ceil(session.prefill_chunk()) + self.max_tokens + 1;
         engine.forget();
-        engine.session_mut().record(most * steps);
+        engine.session_mut().trace(most * steps);
         let epoch = Instant::now();
         let stages = self.answer(&mut engine, picture.as_deref(), self.max_tokens)?;
         let total = epoch.elapsed();
@@ -67,9 +67,7 @@ impl Profile {
         let mut ops: Vec<OpTime> = executors.iter().flat_map(|e| trace::summary(e, ceilings)).collect();
         ops.sort_by(|a, b| b.seconds.total_cmp(&a.seconds));
 
-        let threads =
-            load.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()));
-        let subject = Subject::new(engine.model(), load.load_mode, threads, session.prefill_chunk());
+        let subject = Subject::new(engine.model(), load.load_mode, session.prefill_chunk());
         if let Some(path) = &self.output {
             let file = std::fs::File::create(path).map_err(|error| Error::io(path, error))?;
             serde_json::to_writer(std::io::BufWriter::new(file), &trace::chrome(&subject, &events))

@@ -169,18 +169,23 @@ impl Executor {
 
     /// Writes down from now on when nodes run, the first `capacity` of them; 0 stops it. It costs two
     /// readings of the clock a node.
-    pub fn record(&mut self, capacity: usize) {
+    pub fn trace(&mut self, capacity: usize) {
         self.spans = Vec::with_capacity(capacity);
     }
 
-    /// What has been written down since [`record`](Executor::record).
+    /// What has been written down since [`trace`](Executor::trace).
     pub fn spans(&self) -> &[Span] {
         &self.spans
     }
 
-    /// Says what the next step touches of the KV cache; only spans carry it.
+    /// Says what the next step touches of the KV cache, for those who count its work.
     pub fn set_kv_extent(&mut self, kv: KvExtent) {
         self.kv = kv;
+    }
+
+    /// What was said of the last step.
+    pub fn kv_extent(&self) -> KvExtent {
+        self.kv
     }
 
     /// Where a value lies in a step of these row counts.

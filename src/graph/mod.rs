@@ -215,10 +215,11 @@ impl Graph {
 
     /// What some of the nodes do on bound shapes.
     pub fn cost(&self, nodes: Range<usize>, bindings: &Bindings, kv: KvExtent) -> Cost {
-        self.nodes[nodes].iter().fold(Cost::default(), |sum, node| {
+        let mut sum = Cost::default();
+        for node in &self.nodes[nodes] {
             let shapes = self.shapes(node, bindings);
-            let cost = node.op.cost(&shapes.ins, &self.weight_types(node), &shapes.outs, kv);
-            Cost { flops: sum.flops + cost.flops, bytes: sum.bytes + cost.bytes }
-        })
+            sum += node.op.cost(&shapes.ins, &self.weight_types(node), &shapes.outs, kv);
+        }
+        sum
     }
 }

@@ -16,7 +16,7 @@ use crate::backend::cpu::physical_memory;
 use crate::error::{Error, Result};
 use crate::graph::{Control, Executor};
 use crate::model::llama::Llama;
-use crate::op::KvExtent;
+use crate::op::{Cost, KvExtent};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -281,11 +281,17 @@ impl Session {
         self.kv.fill(value)
     }
 
+    /// What the last step did, by count.
+    pub fn step_cost(&self) -> Cost {
+        let graph = self.language.graph();
+        graph.cost(0..graph.nodes.len(), &self.staging.bindings, self.language.kv_extent())
+    }
+
     /// Writes down when nodes run, so many of each graph; 0 stops it. See [`Executor::spans`].
-    pub fn record(&mut self, capacity: usize) {
-        self.language.record(capacity);
+    pub fn trace(&mut self, capacity: usize) {
+        self.language.trace(capacity);
         if let Some(vision) = &mut self.vision {
-            vision.record(capacity);
+            vision.trace(capacity);
         }
     }
 
@@ -343,8 +349,7 @@ impl Session {
         let llama = self.model.llama().clone();
         let mut kv = KvExtent::default();
         for a in batch {
-            let extent = KvExtent::of(a.sequence.table.len() - a.tokens, a.tokens);
-            kv = KvExtent { pairs: kv.pairs + extent.pairs, rows: kv.rows + extent.rows };
+            kv += KvExtent::of(a.sequence.table.len() - a.tokens, a.tokens);
         }
         self.language.set_kv_extent(kv);
         // SAFETY: ids are inside the vocabulary (`Sequence::push` asserts it), sources and

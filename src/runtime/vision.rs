@@ -91,9 +91,9 @@ impl Encoder {
         &self.executor
     }
 
-    /// Writes down when nodes run; see [`Executor::record`].
-    pub fn record(&mut self, capacity: usize) {
-        self.executor.record(capacity);
+    /// Writes down when nodes run; see [`Executor::trace`].
+    pub fn trace(&mut self, capacity: usize) {
+        self.executor.trace(capacity);
     }
 
     /// Nodes that run for a picture of so many squares.

@@ -97,6 +97,10 @@ impl Backend for CpuBackend {
         format!("cpu ({isa}, {threads} thread{})", if threads == 1 { "" } else { "s" })
     }
 
+    fn threads(&self) -> usize {
+        self.machine.threads()
+    }
+
     fn dtype(&self) -> DType {
         DType::F32
     }

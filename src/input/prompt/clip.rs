@@ -1,7 +1,7 @@
 //! The tokenizer of CLIP's text tower: lower case, white space collapsed, byte-level BPE whose words end in
 //! `</w>`, and every text between a start and an end token.
 
-use super::tokenizer::guarded;
+use super::tokenizer::{from_json, guarded};
 use crate::error::{Error, Result};
 use crate::folder::Folder;
 use serde_json::{Map, Value, json};
@@ -40,19 +40,7 @@ impl ClipTokenizer {
         };
         let file = folder.path(name);
         let error = |problem: String| Error::Tokenizer { file: file.clone(), problem };
-        let malformed =
-            |e: String| error(format!("expected a tokenizer as the `tokenizers` library writes it: {e}"));
-        serde_json::from_slice::<serde::de::IgnoredAny>(&bytes).map_err(|e| malformed(e.to_string()))?;
-        let mut inner = guarded(|| tokenizers::Tokenizer::from_bytes(bytes)).map_err(malformed)?;
-        inner.with_truncation(None).map_err(|e| error(e.to_string()))?;
-        inner.with_padding(None);
-        if let Some((token, id)) = inner.get_vocab(true).into_iter().max_by_key(|&(_, id)| id)
-            && id as usize >= vocab_size
-        {
-            return Err(error(format!(
-                "token {token:?} has id {id}, but the text tower's vocabulary ends before {vocab_size}"
-            )));
-        }
+        let inner = from_json(&file, bytes, vocab_size, "the text tower's")?;
         let empty = guarded(|| inner.encode("", true)).map_err(&error)?;
         let [_, end] = *empty.get_ids() else {
             let ids = empty.get_ids();

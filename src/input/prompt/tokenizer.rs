@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use tokenizers::tokenizer::normalizer::Range as Span;
 use tokenizers::{
@@ -28,11 +28,42 @@ pub struct Tokenizer {
     bos: Option<u32>,
 }
 
+/// A tokenizer as the `tokenizers` library writes it, whose ids fit `whose` vocabulary. Truncation and padding are
+/// switched off.
+///
+/// # Errors
+/// [`Error::Tokenizer`] for another file, or one that makes ids of `vocab_size` or more.
+pub(super) fn from_json(
+    file: &Path,
+    bytes: Vec<u8>,
+    vocab_size: usize,
+    whose: &str,
+) -> Result<tokenizers::Tokenizer> {
+    let error = |problem: String| Error::Tokenizer { file: file.into(), problem };
+    let malformed =
+        |e: String| error(format!("expected a tokenizer as the `tokenizers` library writes it: {e}"));
+    // Of a file that is cut off the library makes a panic, which is caught but not silent.
+    serde_json::from_slice::<serde::de::IgnoredAny>(&bytes).map_err(|e| malformed(e.to_string()))?;
+    let mut inner = guarded(|| tokenizers::Tokenizer::from_bytes(bytes)).map_err(malformed)?;
+    inner.with_truncation(None).map_err(|e| error(e.to_string()))?;
+    inner.with_padding(None);
+    if let Some((token, id)) = inner.get_vocab(true).into_iter().max_by_key(|&(_, id)| id)
+        && id as usize >= vocab_size
+    {
+        return Err(error(format!(
+            "token {token:?} has id {id}, but {whose} vocabulary ends before {vocab_size}; \
+             use the tokenizer that belongs to this model"
+        )));
+    }
+    Ok(inner)
+}
+
 /// An added token in a text: the bytes it covers, and its id.
 type AddedSpan = (Range<usize>, u32);
 
 impl Tokenizer {
-    /// Reads `tokenizer.json`, or `tokenizer.model` where there is none. Nothing is rewritten (`legacy` flags of other files are not looked at);
+    /// Reads `tokenizer.json`, or `tokenizer.model` where there is none. Nothing is rewritten (`legacy` flags of
+    /// other files are not looked at);
     /// truncation and padding are switched off, because a prompt is one sequence and must stay whole.
     /// `image_token` is the id of the model's image placeholder.
     ///
@@ -41,23 +72,8 @@ impl Tokenizer {
     /// lacks the image token, or decodes in a way no LLaMA-family tokenizer does.
     pub fn load(folder: &Folder, vocab_size: usize, image_token: Option<u32>) -> Result<Self> {
         let (file, bytes) = read(folder)?;
+        let inner = from_json(&file, bytes, vocab_size, "the model's")?;
         let error = |problem: String| Error::Tokenizer { file: file.clone(), problem };
-        let malformed =
-            |e: String| error(format!("expected a tokenizer as the `tokenizers` library writes it: {e}"));
-        // Of a file that is cut off the library makes a panic, which is caught but not silent.
-        serde_json::from_slice::<serde::de::IgnoredAny>(&bytes).map_err(|e| malformed(e.to_string()))?;
-        let mut inner = guarded(|| tokenizers::Tokenizer::from_bytes(bytes)).map_err(malformed)?;
-        inner.with_truncation(None).map_err(|e| error(e.to_string()))?;
-        inner.with_padding(None);
-
-        if let Some((token, id)) = inner.get_vocab(true).into_iter().max_by_key(|&(_, id)| id)
-            && id as usize >= vocab_size
-        {
-            return Err(error(format!(
-                "token {token:?} has id {id}, but the model's vocabulary ends before {vocab_size}; \
-                 use the tokenizer that belongs to this model"
-            )));
-        }
         let decoder = Decoder::of(inner.get_decoder()).map_err(&error)?;
         let added = inner.get_added_tokens_decoder();
         if let Some(id) = image_token.filter(|id| !added.contains_key(id)) {

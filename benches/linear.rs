@@ -85,10 +85,12 @@ fn main() {
     println!("{:<34} {:>9}  {:>10}  {:>7}", "", "ms", "", "ceiling");
     for (m, dtypes) in [
         (1, &[DType::BF16, DType::F16, DType::F32][..]),
+        (2, &[DType::F16]),
         (4, &[DType::BF16, DType::F16]),
-        (8, &[DType::BF16]),
-        (16, &[DType::BF16]),
-        (64, &[DType::BF16]),
+        (8, &[DType::F16]),
+        (16, &[DType::F16]),
+        (32, &[DType::F16]),
+        (64, &[DType::F16]),
         (577, &[DType::F16]),
         (640, &[DType::BF16, DType::F16, DType::F32]),
     ] {

@@ -226,8 +226,8 @@ fn check(case: &Case) -> f64 {
             assert_same(&format!("{name}, {isa:?}, {threads} threads"), &reference, &found);
         }
         let machine = Machine::with_isa(isa, 1).unwrap();
-        for split in [1, 2, 3, 4, 5, 13] {
-            for first in (0..case.m.min(40)).step_by(split) {
+        for split in [1, 2, 3, 4, 5, 13, 33] {
+            for first in (0..case.m.min(46)).step_by(split) {
                 let rows = split.min(case.m - first);
                 let found = operands.run(case, &machine, first, rows);
                 let whole = &reference[first * operands.n..(first + rows) * operands.n];
@@ -254,7 +254,8 @@ fn layers(list: &[(usize, DType)]) -> &'static [(usize, DType)] {
 fn shapes_and_dtypes() {
     let mut cases = Vec::new();
     for dtype in DTYPES {
-        for m in [1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 13, 25] {
+        // Up to 32 rows go through one loop, more through the other.
+        for m in [1, 2, 3, 4, 5, 7, 8, 9, 13, 25, 32, 33, 37, 45] {
             for (n, k) in [
                 (1, 1),
                 (16, 16),
@@ -278,7 +279,7 @@ fn shapes_and_dtypes() {
 fn epilogues() {
     let mut cases = Vec::new();
     for activation in [Activation::None, Activation::QuickGelu, Activation::GeluErf] {
-        for (m, residual) in [(1, false), (1, true), (3, true), (19, false), (19, true)] {
+        for (m, residual) in [(1, false), (1, true), (3, true), (19, false), (41, true)] {
             let layers = layers(&[(37, DType::BF16)]);
             cases.push(Case { m, k: 70, layers, bias: true, activation, residual, gated: false });
         }
@@ -289,7 +290,7 @@ fn epilogues() {
 #[test]
 fn layers_side_by_side() {
     let mut cases = Vec::new();
-    for m in [1, 4, 9] {
+    for m in [1, 4, 9, 34] {
         for bias in [false, true] {
             for list in [
                 &[(48, DType::BF16), (16, DType::BF16), (16, DType::BF16)][..],
@@ -305,7 +306,7 @@ fn layers_side_by_side() {
 #[test]
 fn gated_pairs() {
     let mut cases = Vec::new();
-    for m in [1, 2, 14] {
+    for m in [1, 2, 14, 35] {
         for (n, gate, up) in
             [(40, DType::BF16, DType::BF16), (17, DType::F16, DType::F32), (3, DType::F32, DType::F32)]
         {

@@ -20,7 +20,7 @@ fn adapted(mut case: Case, ranks: &[(usize, usize, f32)]) -> Case {
 pub fn pairs() -> Vec<Case> {
     let mut cases = Vec::new();
     for dtype in [DType::F32, DType::F16, DType::BF16] {
-        for m in [1, 3, 4, 5, 13, 25] {
+        for m in [1, 3, 4, 5, 13, 25, 34] {
             let plain =
                 |ns: &[usize], k, bias, residual| linear(m, ns, k, dtype, Activation::None, bias, residual);
             cases.push(adapted(plain(&[33], 40, false, false), &[(0, 8, 2.0)]));

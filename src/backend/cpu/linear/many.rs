@@ -3,7 +3,7 @@
 use super::super::lanes::{LANES, Lanes};
 use super::super::panel::{Panel, RowGroup};
 use super::super::pool::Worker;
-use super::{GROUPS, K_BLOCK, LowRank, Operand, PANEL, Product, ROW_BLOCK, STRIP, Strip, TILE_ROWS};
+use super::{GROUPS, K_BLOCK, Operand, PANEL, Product, ROW_BLOCK, STRIP, Strip, TILE_ROWS};
 use std::ops::Range;
 use std::sync::atomic::Ordering::Relaxed;
 
@@ -44,16 +44,10 @@ impl Product<'_> {
     #[inline(always)]
     unsafe fn pack<L: Lanes>(&self, lanes: L, worker: Worker<'_>, rows: &Range<usize>) {
         let mut at = self.workspace;
-        // SAFETY: the caller's obligations; the workspace has room for each operand behind the others.
-        unsafe {
-            self.pack_operand(lanes, worker, &self.x, rows, at);
-            let mut start = 0;
-            let mut before = self.k;
-            for pair in self.layers.iter().flat_map(|layer| layer.pairs) {
-                at = at.wrapping_add(self.room(before));
-                self.pack_operand(lanes, worker, &self.inner.columns(start, pair.rank()), rows, at);
-                (start, before) = (start + pair.rank(), pair.rank());
-            }
+        for (x, _) in self.operands() {
+            // SAFETY: the caller's obligations; the workspace has room for each operand behind the others.
+            unsafe { self.pack_operand(lanes, worker, &x, rows, at) };
+            at = at.wrapping_add(self.room(x.cols));
         }
     }
 
@@ -110,32 +104,29 @@ impl Product<'_> {
         strip: &Strip<'_>,
         rows: &Range<usize>,
     ) {
-        let ranks = self.layers.iter().flat_map(|layer| layer.pairs).map(LowRank::rank);
-        let packed = self.room(self.k) + ranks.map(|rank| self.room(rank)).sum::<usize>();
+        let packed = self.operands().map(|(x, _)| self.room(x.cols)).sum::<usize>();
         let own = packed + worker.index * (GROUPS * PANEL + self.room_rows() * STRIP);
         let panels = self.workspace.wrapping_add(own);
         let sums = panels.wrapping_add(GROUPS * PANEL);
-        // SAFETY: the caller's obligations. `pack` has put the operands one behind the other.
-        unsafe {
-            self.add_block::<L, GROUPS>(
-                lanes,
-                &strip.groups,
-                self.k,
-                rows,
-                (self.workspace, panels, sums),
-                true,
-            );
-            let mut at = self.workspace.wrapping_add(self.room(self.k));
-            for (i, layer) in self.layers.iter().enumerate() {
-                for pair in layer.pairs {
-                    for g in (0..GROUPS).filter(|g| strip.indices[*g] == i && strip.widths[*g] > 0) {
-                        let group = [RowGroup::new(&pair.b, strip.rows[g])];
-                        let at = (at.cast_const(), panels, sums.wrapping_add(g * LANES));
-                        self.add_block::<L, 1>(lanes, &group, pair.rank(), rows, at, false);
+        let mut at = self.workspace.cast_const();
+        for (x, pair) in self.operands() {
+            // SAFETY: the caller's obligations. `pack` has put the operands one behind the other.
+            unsafe {
+                match pair {
+                    None => {
+                        let groups = &strip.groups;
+                        self.add_block::<L, GROUPS>(lanes, groups, x.cols, rows, (at, panels, sums), true)
                     }
-                    at = at.wrapping_add(self.room(pair.rank()));
+                    Some((layer, pair)) => {
+                        for g in (0..GROUPS).filter(|g| strip.indices[*g] == layer && strip.widths[*g] > 0) {
+                            let group = [RowGroup::new(&pair.b, strip.rows[g])];
+                            let at = (at, panels, sums.wrapping_add(g * LANES));
+                            self.add_block::<L, 1>(lanes, &group, x.cols, rows, at, false);
+                        }
+                    }
                 }
             }
+            at = at.wrapping_add(self.room(x.cols));
         }
         for row in 0..rows.len() {
             // SAFETY: every row of the block has its sums by now.

@@ -1,8 +1,13 @@
-// The rate at which tensor cores multiply when nothing else is in the way: mma on registers.
+// What a device can do at most, for the ceilings that figures are held against.
 //
-// Grid: as many blocks as the device holds at once; 256 threads. Each warp runs `steps` rounds of eight
-// independent m16n8k16 products, 8 * 4096 FLOPs a round, so a launch does grid * 8 warps * steps * 32,768.
-// It reads nothing and writes one word a warp, so that the compiler keeps the sums.
+// ceiling: the rate at which tensor cores multiply when nothing else is in the way: mma on registers. Grid: as many
+// blocks as the device holds at once; 256 threads. Each warp runs `steps` rounds of eight independent m16n8k16
+// products, 8 * 4096 FLOPs a round, so a launch does grid * 8 warps * steps * 32,768. It reads nothing and writes
+// one word a warp, so that the compiler keeps the sums.
+//
+// sweep: the rate at which memory is read when nothing else is in the way: 16 bytes a lane, eight loads under way, as
+// the decode products read weights. It also empties the caches before something is timed: unlike a fill, it leaves
+// nothing in L2 that must be written back while the clock runs.
 #include "common.cuh"
 
 struct CeilingArgs {
@@ -34,3 +39,26 @@ template <class T> DEVICE void ceiling(const CeilingArgs& args) {
 
 KERNEL(256, 2, ceiling_bf16, CeilingArgs) { ceiling<bf16>(args); }
 KERNEL(256, 2, ceiling_f16, CeilingArgs) { ceiling<f16>(args); }
+
+struct SweepArgs {
+    const void* from;  // aligned to 16
+    uint32_t* to;      // one word, which is not written but for one sum in 2^32
+    uint64_t words;    // of 16 bytes
+};
+static_assert(sizeof(SweepArgs) == 24, "as in backend/cuda/ceiling.rs");
+
+KERNEL(512, 2, sweep, SweepArgs) {
+    constexpr int LOADS = 8;
+    const unsigned char* from = (const unsigned char*)args.from;
+    const uint64_t stride = (uint64_t)gridDim.x * blockDim.x;
+    uint32_t sum = 0;
+    for (uint64_t at = (uint64_t)blockIdx.x * blockDim.x + threadIdx.x; at < args.words; at += LOADS * stride) {
+        Vec16 v[LOADS];
+#pragma unroll
+        for (int i = 0; i < LOADS; i++)
+            v[i] = at + i * stride < args.words ? load16_stream(from + (at + i * stride) * 16) : Vec16{};
+#pragma unroll
+        for (int i = 0; i < LOADS; i++) sum += v[i].word[0] ^ v[i].word[1] ^ v[i].word[2] ^ v[i].word[3];
+    }
+    if (sum == 0x9e3779b9) *args.to = sum;
+}

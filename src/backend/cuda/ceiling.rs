@@ -1,6 +1,7 @@
-//! What a GPU can do at most: products on registers, and copies within its memory.
+//! What a GPU can do at most: products on registers, and reads and copies of its memory.
 
 use super::device::{Device, Launch};
+use super::driver::Shape;
 use crate::backend::Ceilings;
 use crate::error::Result;
 use std::time::Duration;
@@ -14,14 +15,35 @@ struct CeilingArgs {
 }
 const _: () = assert!(size_of::<CeilingArgs>() == 16);
 
+/// As `SweepArgs` in the kernel file.
+#[repr(C)]
+#[derive(Clone, Copy, bytemuck::NoUninit)]
+pub(super) struct SweepArgs {
+    /// Memory aligned to 16.
+    pub from: u64,
+    /// One word.
+    pub to: u64,
+    /// Of 16 bytes each.
+    pub words: u64,
+}
+const _: () = assert!(size_of::<SweepArgs>() == 24);
+
+/// The name of the kernel that reads memory; it has no dtype.
+pub(super) const SWEEP: &str = "sweep";
+
+/// How it is launched: what a device of so many multiprocessors holds at once.
+pub(super) fn sweep_shape(multiprocessors: u32) -> Shape {
+    Shape { grid: [2 * multiprocessors, 1, 1], block: 512, shared: 0 }
+}
+
 /// FLOPs of one warp in one step: eight products of 16x8x16.
 const STEP_FLOPS: f64 = 8.0 * 2.0 * 16.0 * 8.0 * 16.0;
 /// Steps of a launch: a few milliseconds.
 const STEPS: u32 = 1 << 14;
-/// Bytes that are copied: many times any cache.
-const COPY: usize = 2 << 30;
+/// Most bytes that are read or copied: many times any cache, a millisecond of an H100.
+const MOVED: usize = 2 << 30;
 
-/// Measures both ceilings, the best of three each. The first is that of `mma.sync`, which all kernels here are
+/// Measures both ceilings, the best of a few runs each. The first is that of `mma.sync`, which all kernels here are
 /// made of; a Hopper GPU's own `wgmma` is faster.
 ///
 /// # Errors
@@ -35,13 +57,20 @@ pub fn measure(device: &Device) -> Result<Ceilings> {
     let products = best(device, &mut || unsafe { device.launch(launch, &args) })?;
     drop(sums);
 
-    let (from, to) = (device.alloc("a copy's source", COPY)?, device.alloc("a copy's target", COPY)?);
+    let driver = device.driver();
+    // Beside a model that nearly fills the device less will do.
+    let bytes = MOVED.min(driver.memory()?.0 as usize / 4) & !15;
+    let (from, to) = (device.alloc("a copy's source", bytes)?, device.alloc("a copy's target", bytes)?);
     // SAFETY: both are live and apart.
-    let copied = best(device, &mut || unsafe { device.driver().copy(from.addr, to.addr, COPY) })?;
+    let copied = best(device, &mut || unsafe { driver.copy(from.addr, to.addr, bytes) })?;
+    let args = SweepArgs { from: from.addr as u64, to: to.addr as u64, words: bytes as u64 / 16 };
+    let (kernel, shape) = (driver.kernel(SWEEP)?, sweep_shape(device.limits().multiprocessors));
+    // SAFETY: as above; the source is as long as the words are, and the target has one.
+    let read = best(device, &mut || unsafe { driver.launch(kernel, shape, bytemuck::bytes_of(&args)) })?;
     Ok(Ceilings {
         flops_per_s: f64::from(blocks) * 8.0 * f64::from(STEPS) * STEP_FLOPS / products.as_secs_f64(),
-        // Every byte is read once and written once.
-        bytes_per_s: 2.0 * COPY as f64 / copied.as_secs_f64(),
+        // A copy reads every byte once and writes it once.
+        bytes_per_s: bytes as f64 / read.as_secs_f64().min(copied.as_secs_f64() / 2.0),
     })
 }
 

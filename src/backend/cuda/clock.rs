@@ -1,13 +1,17 @@
 //! Device time between two events.
 
+use super::ceiling::{SweepArgs, sweep_shape};
+use super::driver::{Kernel, Shape};
 use super::library::check;
 use cudarc::driver::sys;
+use std::ffi::c_void;
 use std::ptr;
 use std::time::Duration;
 
-/// Bytes that are set before the clock starts: more than twice the second-level cache of an H200, so that what is
-/// timed finds nothing there, and long enough (30 us) for the host to have queued the work behind it. Without it
-/// the time of a small kernel would be that of asking for it.
+/// Bytes that are read before the clock starts: more than twice the second-level cache of an H200, so that what is
+/// timed finds nothing there, and long enough (40 us) for the host to have queued the work behind it. Without it
+/// the time of a small kernel would be that of asking for it. They are read, not set: lines that were set would be
+/// written back while the clock runs.
 const FLUSH: usize = 128 << 20;
 
 /// The functions called here, by the names they have in the library; [`library`](super::library) probes them.
@@ -19,6 +23,9 @@ pub(super) struct Clock {
     begin: sys::CUevent,
     end: sys::CUevent,
     flush: sys::CUdeviceptr,
+    /// Reads it.
+    sweep: sys::CUfunction,
+    shape: Shape,
 }
 
 // SAFETY: the handles may be used from any thread whose current context is theirs.
@@ -27,8 +34,15 @@ unsafe impl Send for Clock {}
 impl Clock {
     /// # Safety
     /// A context is current, is current for every later call, and lives until this is dropped.
-    pub unsafe fn new() -> Result<Self, String> {
-        let mut clock = Clock { begin: ptr::null_mut(), end: ptr::null_mut(), flush: 0 };
+    /// `sweep` is the kernel of that name, of a module that lives as long.
+    pub unsafe fn new(sweep: Kernel, multiprocessors: u32) -> Result<Self, String> {
+        let mut clock = Clock {
+            begin: ptr::null_mut(),
+            end: ptr::null_mut(),
+            flush: 0,
+            sweep: sweep.0 as sys::CUfunction,
+            shape: sweep_shape(multiprocessors),
+        };
         const TIMED: u32 = 0;
         // SAFETY: the context is current; the handles are ours, and dropped with the clock also when one fails.
         unsafe {
@@ -44,9 +58,16 @@ impl Clock {
     /// # Safety
     /// As for [`new`](Clock::new), and the stream lives.
     pub unsafe fn begin(&self, stream: sys::CUstream) -> Result<(), String> {
-        // SAFETY: the memory and the event are ours; the rest is the caller's obligation.
+        let Shape { grid: [x, y, z], block, shared } = self.shape;
+        let args = SweepArgs { from: self.flush, to: self.flush, words: FLUSH as u64 / 16 };
+        let mut params = [ptr::from_ref(&args) as *mut c_void];
+        let params = params.as_mut_ptr();
+        // SAFETY: the memory and the event are ours, and the kernel's only parameter is such a struct, which the
+        // library copies before it returns; the rest is the caller's obligation.
         unsafe {
-            check("cuMemsetD8Async", sys::cuMemsetD8Async(self.flush, 0, FLUSH, stream))?;
+            let launched =
+                sys::cuLaunchKernel(self.sweep, x, y, z, block, 1, 1, shared, stream, params, ptr::null_mut());
+            check("cuLaunchKernel", launched)?;
             check("cuEventRecord", sys::cuEventRecord(self.begin, stream))
         }
     }

@@ -1,5 +1,6 @@
 //! The driver of a GPU, over NVIDIA's library (`library.rs`).
 
+use super::ceiling::SWEEP;
 use super::clock::Clock;
 use super::driver::{Driver, Kernel, Limits, Shape};
 use super::library::{ask, check, library};
@@ -435,12 +436,12 @@ impl Driver for Gpu {
 
     fn time(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Option<Duration>> {
         let this = &self.0;
-        this.named(this.enter())?;
+        let sweep = self.kernel(SWEEP)?;
         let mut clock = this.clock.lock().unwrap_or_else(PoisonError::into_inner);
         let clock = match &mut *clock {
             Some(clock) => clock,
-            // SAFETY: the context is current, and the clock is dropped before it.
-            none => none.insert(this.named(unsafe { Clock::new() })?),
+            // SAFETY: the context is current, and the clock is dropped before it and its modules.
+            none => none.insert(this.named(unsafe { Clock::new(sweep, this.limits.multiprocessors) })?),
         };
         // SAFETY: the context is current, the stream lives.
         this.named(unsafe { clock.begin(this.stream) })?;

@@ -1,0 +1,71 @@
+"""Puts what `prove` left in a folder into results.json and table.md there; exit 1 if a part failed."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+out = Path(sys.argv[1])
+
+
+def text(name):
+    path = out / name
+    return path.read_text(errors="replace").strip() if path.exists() else ""
+
+
+def objects(name):
+    """The JSON objects of a part's log, one a line; none if it did not end well."""
+    try:
+        return [json.loads(line) for line in text(f"{name}.log").splitlines()]
+    except ValueError:
+        return []
+
+
+parts = {}
+for path in sorted(out.glob("*.status")):
+    status, seconds = path.read_text().split()
+    parts[path.stem] = {"status": int(status), "seconds": int(seconds)}
+
+results = {
+    "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    "commit": Path("commit").read_text().strip(),
+    "gpu_before": text("gpu-before.csv"),
+    "gpu_after": text("gpu-after.csv"),
+    "parts": parts,
+    # What each test program said of its tests and of its headroom.
+    "cases": {
+        name: [line for line in text(f"{name}.log").splitlines() if line.startswith("test ") or "bound" in line]
+        for name in parts
+        if (Path("cases") / name).exists()
+    },
+    "demo": (objects("demo") or [None])[0],
+    "sanitizer": {tool: text(f"{tool}.log").splitlines()[-1:] for tool in ("memcheck", "racecheck", "synccheck")},
+    "torch": (objects("torch") or [[]])[0],
+    "ops": (objects("ops") or [[]])[0],
+    "bench": objects("7b") + objects("7b-deep") + objects("13b"),
+}
+(out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+
+lines = [f"{results['gpu_before']}; commit {results['commit']}; {results['date']}", ""]
+if results["bench"]:
+    lines += ["| test | t/s | ms | floor ms | of ceiling |", "| --- | ---: | ---: | ---: | ---: |"]
+for row in results["bench"]:
+    lines.append(
+        f"| {row['model_type']} {row['test']} | {row['avg_ts']:.1f} | {row['avg_ns'] / 1e6:.3f} |"
+        f" {row['floor_ms'] or 0:.3f} | {row['percent_of_ceiling'] or 0:.0f} % |"
+    )
+for part in results["ops"]:
+    lines += ["", part["test"], "", "| op | shape | us | of ceiling |", "| --- | --- | ---: | ---: |"]
+    for op in part["ops"]:
+        share = 100 * op["floor"] / op["seconds"] if op["floor"] else 0
+        lines.append(f"| {op['op']} | {op['shape']} | {op['seconds'] * 1e6 / op['calls']:.1f} | {share:.0f} % |")
+if results["torch"]:
+    lines += ["", "| PyTorch | us | TFLOP/s | GB/s |", "| --- | ---: | ---: | ---: |"]
+for row in results["torch"]:
+    lines.append(f"| {row['name']} | {row['us']:.1f} | {row['tflops']:.0f} | {row.get('gb_per_s', 0):.0f} |")
+(out / "table.md").write_text("\n".join(lines) + "\n")
+print("\n".join(lines))
+
+failed = [name for name, part in parts.items() if part["status"] != 0]
+if failed:
+    sys.exit(f"failed: {', '.join(failed)}")

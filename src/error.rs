@@ -4,6 +4,8 @@
 //! Errors are for people: no variant carries an address, and none is made by a panic caught in
 //! library code except around what reads untrusted files for us: image decoders and the tokenizers library.
 
+use std::cell::Cell;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 
 /// A result whose error is [`Error`].
@@ -103,11 +105,12 @@ pub enum Error {
     },
     /// A request needs more positions than the context holds.
     #[error(
-        "{needed} positions are needed ({prompt} of prompt and {new} to generate), the context holds {context}; \
-         shorten the prompt, lower --max-tokens or raise --context"
+        "{needed} positions are needed ({parts}), the context holds {context}; \
+         shorten the prompt, lower --max-tokens or raise --context",
+        parts = positions(*prompt, *new)
     )]
     Context {
-        /// Prompt and new tokens together.
+        /// Prompt and new tokens together, without the last one: nothing comes after it, so it takes no position.
         needed: usize,
         /// Prompt positions, image rows included.
         prompt: usize,
@@ -196,4 +199,31 @@ impl Error {
     pub fn option(name: &str, expected: impl Into<String>, found: impl ToString) -> Self {
         Error::Option { name: name.into(), expected: expected.into(), found: found.to_string() }
     }
+}
+
+/// What positions are needed for.
+fn positions(prompt: usize, new: usize) -> String {
+    match new {
+        0 => "the prompt alone".into(),
+        1 => format!("{prompt} of prompt to generate one token"),
+        _ => format!("{prompt} of prompt and all but the last of {new} tokens to generate"),
+    }
+}
+
+thread_local! {
+    /// Calls of [`guarded`] that this thread is inside of.
+    static GUARDS: Cell<usize> = const { Cell::new(0) };
+}
+
+/// Runs a library that reads untrusted bytes for us; `None` if it panics.
+pub(crate) fn guarded<T>(work: impl FnOnce() -> T) -> Option<T> {
+    GUARDS.set(GUARDS.get() + 1);
+    let done = catch_unwind(AssertUnwindSafe(work));
+    GUARDS.set(GUARDS.get() - 1);
+    done.ok()
+}
+
+/// Whether a panic of this thread would become an error, as a panic hook may want to know.
+pub fn is_guarded() -> bool {
+    GUARDS.get() > 0
 }

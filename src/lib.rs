@@ -48,6 +48,7 @@
 //! | [`input`] | image bytes to pixels; conversations to ids and ids to text (uses only `error`, `folder`, `tensor`) | models |
 //! | [`model`] | configurations, checkpoints, names, presets, adapters; the graphs of towers, projector, LLaMA | memory that changes |
 //! | [`runtime`] | pages (integers), KV pool (bytes), sequences, sessions, the engine; CLIP by itself | terminal, arguments |
+//! | [`bench`] | stages, ops and starts against the ceilings of the same run; traces, tables, comparisons | terminal, arguments |
 //! | [`cli`] | one file a command | anything a library user would miss |
 //!
 //! An op is found by its name in every room: [`op::Op::RmsNorm`] is computed in `backend/cpu/norm.rs`, and on a
@@ -56,7 +57,7 @@
 //! # Invariants
 //!
 //! - **A row's result has the same bits whatever rows stand beside it**: whatever batch, chunk, pages or
-//!   threads. Each sum has one written-down order (`backend/cpu/linear.rs`, `attention.rs`), which names no
+//!   threads. Each sum has one written-down order (`backend/cpu/linear/`, `attention.rs`), which names no
 //!   row count; on the CPU it is the same for every instruction set. A device may have one family of kernels
 //!   for rows of given text and one for rows of chosen tokens: there a row's [`runtime::Phase`] counts as well.
 //! - **A step allocates nothing.** Intermediates lie in one arena, planned from lifetimes for the largest
@@ -71,7 +72,9 @@
 //! - **Bad input is a typed [`Error`]**: never a panic, never an abort, and never another sequence's problem.
 //! - **`unsafe` lives in few files**, each block with the obligation it has and who meets it.
 //!
-//! There are no globals and no environment variables.
+//! No two models or sessions share anything that changes, and the library reads no environment variables. (The
+//! command line finds the cache of Hugging Face by those that Hugging Face has for it: `HF_HUB_CACHE`, `HF_HOME`,
+//! `XDG_CACHE_HOME`.)
 //!
 //! # The life of a request
 //!

@@ -67,7 +67,7 @@ fn long_prompts_fail_before_any_work() {
         let Error::Context { needed, prompt, new, context } = error(&mut engine, &request) else {
             panic!("not a context error")
         };
-        assert_eq!((needed, context), (prompt + new, 1024));
+        assert_eq!((needed, context), (prompt + new - 1, 1024));
         assert!(prompt > 10_000 && new == request.max_tokens.unwrap());
     }
     assert_eq!(engine.control.progress(), before, "nothing has run");
@@ -80,17 +80,21 @@ fn the_context_is_used_to_its_last_position() {
     let request = raw("Where is the circle?");
     let prompt = engine.prompt(&request.input, &[]).unwrap().ids.len();
     let with = |max_tokens| Request { max_tokens, ignore_eos: true, ..request.clone() };
-    let full = run(&mut engine, &with(Some(64 - prompt)));
-    assert_eq!((full.token_ids.len(), full.finish_reason), (64 - prompt, FinishReason::Length));
+    // The last token is told and never read.
+    let full = run(&mut engine, &with(Some(65 - prompt)));
+    assert_eq!((full.token_ids.len(), full.finish_reason), (65 - prompt, FinishReason::Length));
     assert_eq!(run(&mut engine, &with(None)).token_ids, full.token_ids);
-    let one_over = error(&mut engine, &with(Some(65 - prompt)));
+    let one_over = error(&mut engine, &with(Some(66 - prompt)));
     assert!(matches!(one_over, Error::Context { needed: 65, context: 64, .. }), "{one_over}");
     let huge = error(&mut engine, &with(Some(usize::MAX)));
-    assert!(matches!(huge, Error::Context { needed: usize::MAX, .. }), "{huge}");
-    // A prompt that fills the context can be read, and scored, but not continued.
+    assert!(matches!(huge, Error::Context { new: usize::MAX, .. }), "{huge}");
+    // A prompt that fills the context leaves room for one token, and one that is longer for none.
     let mut exact = demo(SessionOptions { context: Some(prompt), ..SessionOptions::default() });
-    assert!(matches!(error(&mut exact, &with(None)), Error::Context { new: 1, .. }));
-    assert!(matches!(error(&mut exact, &with(Some(1))), Error::Context { new: 1, .. }));
+    assert_eq!(run(&mut exact, &with(None)).token_ids, full.token_ids[..1]);
+    assert_eq!(run(&mut exact, &with(Some(1))).token_ids, full.token_ids[..1]);
+    assert!(matches!(error(&mut exact, &with(Some(2))), Error::Context { new: 2, .. }));
+    let mut short = demo(SessionOptions { context: Some(prompt - 1), ..SessionOptions::default() });
+    assert!(matches!(error(&mut short, &with(None)), Error::Context { new: 1, .. }));
     let nothing = run(&mut exact, &with(Some(0)));
     assert_eq!((nothing.token_ids.len(), nothing.finish_reason), (0, FinishReason::Length));
     assert_eq!(nothing.text, "");
@@ -168,7 +172,7 @@ fn sessions_of_impossible_size_are_refused() {
     }
 }
 
-/// A pool too small for the prompt is an error in the middle of the prefill, and everything comes back.
+/// A pool too small for the prompt is an error before any work, and answers end where it does.
 #[test]
 fn a_cache_too_small_for_the_prompt_is_an_error() {
     let model = Arc::new(Model::load(&Source::Demo, &LoadOptions::default()).unwrap());
@@ -176,9 +180,13 @@ fn a_cache_too_small_for_the_prompt_is_an_error() {
     let options = SessionOptions { kv_memory: Some(2 * page), prefill_chunk: 8, ..Default::default() };
     let mut engine = Engine::new(Session::new(model, options).unwrap());
     let image = picture(&mut engine).unwrap();
+    let before = engine.control.progress();
     let full = error(&mut engine, &ask("Where is the circle?", &[image]));
     assert!(matches!(full, Error::KvExhausted { total: 2, .. }), "{full}");
+    assert_eq!(engine.control.progress(), before, "nothing has run");
     assert_pages(&engine, 0);
+    let long = run(&mut engine, &Request { max_tokens: None, ignore_eos: true, ..raw("Where?") });
+    assert_eq!(long.prompt_ids.len() + long.token_ids.len() - 1, 2 * PAGE);
     let short = run(&mut engine, &Request { max_tokens: Some(2), ..raw("Where?") });
     assert_eq!(short.token_ids.len(), 2);
 }

@@ -93,6 +93,121 @@ fn a_template_that_loops_is_stopped() {
     }
 }
 
+/// A template that doubles a text cannot take the process down where memory is short.
+#[cfg(unix)]
+#[test]
+fn a_template_cannot_fill_the_memory() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("double.jinja");
+    let double =
+        "{% set ns = namespace(x='a') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}";
+    std::fs::write(&file, double).unwrap();
+    let file = file.display().to_string();
+    let output = shell("ulimit -v 3000000; exec \"$0\" run --prompt x --template \"$1\"", &[&file]);
+    assert_eq!(output.status.code(), Some(1), "{}", text(&output.stderr));
+    assert!(text(&output.stderr).contains("longer than"), "{}", text(&output.stderr));
+}
+
+/// Runs a line of shell in which `$0` is the program.
+#[cfg(unix)]
+fn shell(line: &str, args: &[&str]) -> Output {
+    Command::new("sh").args(["-c", line, env!("CARGO_BIN_EXE_tessera")]).args(args).output().unwrap()
+}
+
+/// Where stderr is closed or full, remarks and errors go nowhere, and the exit code tells.
+#[cfg(unix)]
+#[test]
+fn remarks_that_cannot_be_written_are_no_failure() {
+    let image = asset("samples/scene1.png");
+    for to in ["2>&-", "2>/dev/full"] {
+        for (command, code) in [
+            ("run --prompt 'Where is the circle?' --seed 1 --image \"$1\"", 0),
+            ("run --prompt x --image no-such-file.png", 1),
+            ("run --nonsense", 2),
+            ("--help", 0),
+            ("run --prompt x --top-p 2", 2),
+        ] {
+            let output = shell(&format!("exec \"$0\" {command} {to}"), &[&image]);
+            assert_eq!(output.status.code(), Some(code), "{command} {to}");
+        }
+    }
+}
+
+/// What was asked for and cannot be written is a failure, and told.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_full_stdout_is_an_error() {
+    for command in ["run --prompt x", "run --prompt x --json", "inspect", "devices", "--help", "run --help"] {
+        let output = shell(&format!("exec \"$0\" {command} >/dev/full"), &[]);
+        let stderr = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{command}: {stderr}");
+        assert!(stderr.starts_with("error: stdout: "), "{command}: {stderr}");
+        let output = shell(&format!("exec \"$0\" {command} >&-"), &[]);
+        assert!(output.status.code().is_some_and(|code| code < 2), "{command}: {}", text(&output.stderr));
+    }
+}
+
+/// A decoder that gives up on a damaged file is an error and nothing else: no traces of how it was found.
+#[test]
+fn damaged_files_make_no_noise() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("tokenizer.json");
+    let mut bytes = std::fs::read(asset("demo/tokenizer.json")).unwrap();
+    // A prefix longer than the merges makes the library panic.
+    let at = bytes.windows(9).position(|w| w == b"\"merges\":").unwrap();
+    let prefix = b"\"continuing_subword_prefix\":\"################\",";
+    bytes.splice(at..at, prefix.iter().copied());
+    std::fs::write(&file, bytes).unwrap();
+    for name in ["config.json", "model.safetensors", "preprocessor_config.json"] {
+        std::fs::copy(asset(&format!("demo/{name}")), dir.path().join(name)).unwrap();
+    }
+    let output = talk(&["run", "--prompt", "x", "--model", &dir.path().display().to_string()], "");
+    let stderr = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    assert!(stderr.starts_with("error: tokenizer ") && stderr.lines().count() == 1, "{stderr}");
+}
+
+/// Ctrl-C while the prompt is read: nothing was made, so nothing is left behind. Whenever the signal comes, the
+/// dump is whole or not there.
+#[cfg(unix)]
+#[test]
+fn ctrl_c_leaves_no_half_dump() {
+    use std::os::unix::process::ExitStatusExt;
+    let prompt = "Where is the circle? ".repeat(100);
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("dump.safetensors");
+    let dump = file.display().to_string();
+    let args = ["run", "--prompt", &prompt, "--max-tokens", "1", "--prefill-chunk", "1", "--dump", &dump];
+    let (mut stopped, mut wait) = (false, std::time::Duration::from_millis(5));
+    loop {
+        let child = start(&args);
+        std::thread::sleep(wait);
+        interrupt(&child);
+        let output = child.wait_with_output().unwrap();
+        let stderr = text(&output.stderr);
+        match output.status.signal() {
+            // It came before the program listened.
+            Some(signal) => assert_eq!(signal, libc::SIGINT),
+            None if stderr.contains("stopped") && !stderr.contains("tokens/s") => {
+                assert!(output.status.success() && output.stdout.is_empty(), "{stderr}");
+                assert!(!file.exists());
+                stopped = true;
+            }
+            None => {
+                assert!(output.status.success(), "{stderr}");
+                let bytes = std::fs::read(&file).unwrap();
+                let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+                let rows = tensors.tensor("input_ids").unwrap().shape()[0];
+                assert_eq!(tensors.tensor("logits").unwrap().shape()[0], rows);
+                break;
+            }
+        }
+        let _ = std::fs::remove_file(&file);
+        wait = wait.mul_f64(1.5);
+    }
+    assert!(stopped, "no signal came while the prompt was read");
+}
+
 #[test]
 fn chat_commands() {
     let image = asset("samples/scene1.png");

@@ -132,7 +132,7 @@ impl Bench {
         }
         super::print(&write(&rows, self.output))?;
         if let Some(format) = self.output_err {
-            eprint!("{}", write(&rows, format));
+            super::say(format_args!("{}", write(&rows, format).trim_end()));
         }
         if let Some(peak) = peak_resident().filter(|_| self.output == Format::Md) {
             super::print(&format!("peak resident memory {}\n", format_size(peak)))?;
@@ -150,14 +150,14 @@ impl Bench {
         let model = Arc::new(Model::load(source, load)?);
         let tests = fitting(plan, &model);
         let mut engine = engine(model, &tests, self.prefill_chunk)?;
-        super::run::stop_on_ctrl_c(&engine.control)?;
+        super::ask::stop_on_ctrl_c(&engine.control)?;
         let subject = Subject::new(engine.model(), load.load_mode, engine.session().prefill_chunk());
         let model = engine.model().clone();
         let mut rows = Vec::new();
         let mut before = model.ceilings()?;
         for test in tests {
             if self.progress {
-                eprintln!("{test}");
+                super::say(format_args!("{test}"));
             }
             let (began, watch) = (now(), Watch::begin());
             let repetitions = match before {
@@ -355,7 +355,10 @@ impl Startup {
         for cold in [false, true] {
             if let (true, Source::Directory(dir)) = (cold, &source) {
                 if !startup::forget(dir) {
-                    eprintln!("the page cache cannot be emptied of {}: no cold starts", dir.display());
+                    super::say(format_args!(
+                        "the page cache cannot be emptied of {}: no cold starts",
+                        dir.display()
+                    ));
                     continue;
                 }
             } else if cold {

@@ -1,11 +1,10 @@
 //! `tessera chat`: a conversation, one turn a line.
 
+use super::ask::{answer, decode, encode, stop_on_ctrl_c};
 use super::options::{ModelArgs, SamplingArgs, SessionArgs};
-use super::progress::Progress;
-use super::run::{decode, encode, stop_on_ctrl_c};
 use crate::error::{Error, Result};
 use crate::input::prompt::{Content, ImageSource, Message, Part};
-use crate::runtime::{Engine, FinishReason, ImageHandle, Input, Request, Sampling};
+use crate::runtime::{Engine, ImageHandle, Input, Request, Sampling};
 use clap::Args;
 use std::io::{BufRead, IsTerminal};
 use std::path::PathBuf;
@@ -68,7 +67,9 @@ impl Chat {
         }
         let interactive = std::io::stdin().is_terminal() && !self.quiet;
         if interactive {
-            eprintln!("/image FILE shows a picture, /reset starts again, /quit ends; Ctrl-C stops an answer");
+            super::say(format_args!(
+                "/image FILE shows a picture, /reset starts again, /quit ends; Ctrl-C stops an answer"
+            ));
         }
         talk.listen(interactive)
     }
@@ -100,7 +101,8 @@ impl Talk {
             };
             match done {
                 // Whoever sits there can try something else; a script should hear of it.
-                Err(error) if interactive => eprintln!("error: {error}"),
+                Err(Error::Cancelled) if interactive => super::say(format_args!("stopped")),
+                Err(error) if interactive => super::say(format_args!("error: {error}")),
                 done => done?,
             }
         }
@@ -130,27 +132,7 @@ impl Talk {
             max_tokens: self.max_tokens,
             ..Request::new(Input::Chat(messages))
         };
-        let mut progress = Some(Progress::follow("reading", &self.engine.control, self.quiet));
-        let (mut failed, mut begun) = (Ok(()), false);
-        let control = self.engine.control.clone();
-        let answer = self.engine.generate(&request, |text| {
-            progress = None;
-            begun = true;
-            if failed.is_ok() {
-                failed = super::print(text);
-                if failed.is_err() {
-                    control.cancel();
-                }
-            }
-        });
-        drop(progress);
-        failed?;
-        if answer.is_err() && begun {
-            super::print("\n")?;
-        }
-        let answer = answer?;
-        super::print(if answer.finish_reason == FinishReason::Cancelled { " [stopped]\n" } else { "\n" })?;
-
+        let answer = answer(&mut self.engine, &request, true, self.quiet)?;
         let Input::Chat(mut messages) = request.input else { unreachable!("made above") };
         let text = answer.text.trim().to_string();
         messages.push(Message { role: "assistant".into(), content: Content::Parts(vec![Part::Text(text)]) });

@@ -1,6 +1,6 @@
 //! `tessera classify` and `tessera embed`: CLIP by itself.
 
-use super::dump;
+use super::dump::Dump;
 use super::options::{Load, parse_lora};
 use crate::error::Result;
 use crate::input::image::{self, DecodeOptions, Picture};
@@ -113,12 +113,10 @@ pub struct Embed {
 impl Embed {
     pub fn run(self) -> Result<()> {
         let mut clip = self.model.load()?;
-        if let Some(path) = &self.out {
-            dump::create(path)?;
-        }
+        let out = self.out.as_deref().map(Dump::create).transpose()?;
         let mut rows = Vec::new();
         let mut tell = |key: &str, name: &str, embedding: Embedding| {
-            if self.out.is_none() {
+            if out.is_none() {
                 super::print(&format!("{}\n", json!({key: name, "embedding": embedding.unit})))?;
             } else {
                 rows.push(embedding.unit);
@@ -133,7 +131,7 @@ impl Embed {
             tell("text", text, embedding)?;
         }
         let name = if self.image.is_empty() { "text_embeds" } else { "image_embeds" };
-        self.out.map_or(Ok(()), |path| dump::write_rows(&path, name, &rows))
+        out.map_or(Ok(()), |out| out.write_rows(name, &rows))
     }
 }
 
@@ -145,7 +143,7 @@ fn texts(clip: &mut Clip, texts: &[String]) -> Result<Vec<Embedding>> {
         if tokens.dropped > 0 {
             let (kept, all) = (tokens.ids.len(), tokens.ids.len() + tokens.dropped);
             let start: String = text.chars().take(40).collect();
-            eprintln!("warning: only the first {kept} of {all} tokens count of {start:?}...");
+            super::say(format_args!("warning: only the first {kept} of {all} tokens count of {start:?}..."));
         }
         embeddings.push(clip.ids(&tokens.ids)?);
     }

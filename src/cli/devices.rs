@@ -93,7 +93,7 @@ impl Found {
 
 fn cpu() -> Result<Found> {
     let cpu = CpuBackend::new(None)?;
-    let memory = crate::backend::cpu::physical_memory();
+    let memory = crate::backend::cpu::usable_memory();
     let paths: Vec<_> = cpu.instruction_sets().collect();
     let description = format!(
         "{}, {} of memory; instruction sets that kernels exist for here: {}",

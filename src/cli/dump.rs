@@ -5,7 +5,8 @@ use crate::runtime::engine::Kept;
 use crate::runtime::request::Completion;
 use crate::runtime::{ImageHandle, Model};
 use safetensors::tensor::{Dtype, TensorView};
-use std::path::Path;
+use std::fs::OpenOptions;
+use std::path::{Path, PathBuf};
 
 /// A tensor before it is written.
 struct Tensor {
@@ -15,40 +16,78 @@ struct Tensor {
     bytes: Vec<u8>,
 }
 
-/// Makes sure that `path` can be written, before the work whose results it will hold.
-pub fn create(path: &Path) -> Result<()> {
-    std::fs::File::create(path).map(drop).map_err(|source| Error::io(path, source))
+/// A file that can be written, and is when its tensors are known. If that never comes to pass, a file that was
+/// there keeps what it holds, and one that was not is not left behind.
+pub struct Dump {
+    path: PathBuf,
+    remove: bool,
 }
 
-/// Writes `pixel_values` (see [`pixel_values`]), `vision_hidden` [squares of all pictures,rows,D],
-/// `image_features` [rows,D], `input_ids` [T], `logits` [T,V] and `generated_ids` [n] to `path`.
-pub fn write(path: &Path, model: &Model, images: &[ImageHandle], answer: &Completion) -> Result<()> {
-    let mut tensors = Vec::new();
-    let kept: Vec<_> = images.iter().filter_map(|image| image.kept.as_deref()).collect();
-    if let (Some(vision), [_, ..]) = (&model.config().vision, &kept[..]) {
-        let concat = |part: fn(&Kept) -> &Vec<f32>| -> Vec<f32> {
-            kept.iter().flat_map(|k| part(k).iter().copied()).collect()
-        };
-        let pixels: Vec<_> = kept.iter().map(|k| k.pixels.as_slice()).collect();
-        tensors.push(pixel_values(vision.image_size, model.config().tiling.is_some(), &pixels));
-        let (hidden, squares) = (concat(|k| &k.hidden), kept.iter().map(|k| k.squares).sum::<usize>());
-        let shape = [squares, vision.num_rows(), hidden.len() / (squares * vision.num_rows())];
-        tensors.push(f32s("vision_hidden", &shape, &hidden));
-        let features = concat(|k| &k.features);
-        let rows: usize = images.iter().map(|image| image.encoded.len).sum();
-        tensors.push(f32s("image_features", &[rows, features.len() / rows], &features));
+impl Drop for Dump {
+    fn drop(&mut self) {
+        if self.remove {
+            // Nothing depends on it, and whoever asked has heard of a failure already.
+            let _ = std::fs::remove_file(&self.path);
+        }
     }
-    let rows = answer.prompt_ids.len();
-    tensors.push(ids("input_ids", &answer.prompt_ids));
-    tensors.push(f32s("logits", &[rows, answer.prompt_logits.len() / rows], &answer.prompt_logits));
-    tensors.push(ids("generated_ids", &answer.token_ids));
+}
 
-    let invalid = |error: safetensors::SafeTensorError| Error::io(path, std::io::Error::other(error));
-    let views = tensors
-        .iter()
-        .map(|t| Ok((t.name, TensorView::new(t.dtype, t.shape.clone(), &t.bytes).map_err(invalid)?)))
-        .collect::<Result<Vec<_>>>()?;
-    safetensors::serialize_to_file(views, None, path).map_err(invalid)
+impl Dump {
+    /// Makes sure that `path` can be written, before the work whose results it will hold.
+    pub fn create(path: &Path) -> Result<Self> {
+        let remove = !path.exists();
+        let file = OpenOptions::new().create(true).write(true).truncate(false).open(path);
+        file.map(|_| Dump { path: path.into(), remove }).map_err(|source| Error::io(path, source))
+    }
+
+    /// Writes `pixel_values` (see [`pixel_values`]), `vision_hidden` [squares of all pictures,rows,D],
+    /// `image_features` [rows,D], `input_ids` [T], `logits` [T,V] and `generated_ids` [n].
+    pub fn write(self, model: &Model, images: &[ImageHandle], answer: &Completion) -> Result<()> {
+        let mut tensors = Vec::new();
+        let kept: Vec<_> = images.iter().filter_map(|image| image.kept.as_deref()).collect();
+        if let (Some(vision), [_, ..]) = (&model.config().vision, &kept[..]) {
+            let concat = |part: fn(&Kept) -> &Vec<f32>| -> Vec<f32> {
+                kept.iter().flat_map(|k| part(k).iter().copied()).collect()
+            };
+            let pixels: Vec<_> = kept.iter().map(|k| k.pixels.as_slice()).collect();
+            tensors.push(pixel_values(vision.image_size, model.config().tiling.is_some(), &pixels));
+            let (hidden, squares) = (concat(|k| &k.hidden), kept.iter().map(|k| k.squares).sum::<usize>());
+            let shape = [squares, vision.num_rows(), hidden.len() / (squares * vision.num_rows())];
+            tensors.push(f32s("vision_hidden", &shape, &hidden));
+            let features = concat(|k| &k.features);
+            let rows: usize = images.iter().map(|image| image.encoded.len).sum();
+            tensors.push(f32s("image_features", &[rows, features.len() / rows], &features));
+        }
+        let rows = answer.prompt_ids.len();
+        tensors.push(ids("input_ids", &answer.prompt_ids));
+        tensors.push(f32s("logits", &[rows, answer.prompt_logits.len() / rows], &answer.prompt_logits));
+        tensors.push(ids("generated_ids", &answer.token_ids));
+        self.save(&tensors)
+    }
+
+    /// Writes the pixels of several pictures, as `preprocess --out` does.
+    pub fn write_pixels(self, side: usize, tiled: bool, pictures: &[Vec<f32>]) -> Result<()> {
+        let pictures: Vec<_> = pictures.iter().map(Vec::as_slice).collect();
+        self.save(&[pixel_values(side, tiled, &pictures)])
+    }
+
+    /// Writes vectors of one length as the rows of a tensor.
+    pub fn write_rows(self, name: &'static str, rows: &[Vec<f32>]) -> Result<()> {
+        let cols = rows.first().map_or(0, Vec::len);
+        self.save(&[f32s(name, &[rows.len(), cols], &rows.concat())])
+    }
+
+    fn save(mut self, tensors: &[Tensor]) -> Result<()> {
+        let invalid =
+            |error: safetensors::SafeTensorError| Error::io(&self.path, std::io::Error::other(error));
+        let views = tensors
+            .iter()
+            .map(|t| Ok((t.name, TensorView::new(t.dtype, t.shape.clone(), &t.bytes).map_err(invalid)?)))
+            .collect::<Result<Vec<_>>>()?;
+        safetensors::serialize_to_file(views, None, &self.path).map_err(invalid)?;
+        self.remove = false;
+        Ok(())
+    }
 }
 
 /// A tensor of f32.
@@ -77,22 +116,4 @@ fn pixel_values(side: usize, tiled: bool, pictures: &[&[f32]]) -> Tensor {
         true => f32s("pixel_values", &[pictures.len(), longest / square, 3, side, side], &values),
         false => f32s("pixel_values", &[pictures.len(), 3, side, side], &values),
     }
-}
-
-/// Writes the pixels of several pictures, as `preprocess --out` does.
-pub fn write_pixels(path: &Path, side: usize, tiled: bool, pictures: &[Vec<f32>]) -> Result<()> {
-    let pictures: Vec<_> = pictures.iter().map(Vec::as_slice).collect();
-    write_one(path, pixel_values(side, tiled, &pictures))
-}
-
-/// Writes vectors of one length as the rows of a tensor.
-pub fn write_rows(path: &Path, name: &'static str, rows: &[Vec<f32>]) -> Result<()> {
-    let cols = rows.first().map_or(0, Vec::len);
-    write_one(path, f32s(name, &[rows.len(), cols], &rows.concat()))
-}
-
-fn write_one(path: &Path, tensor: Tensor) -> Result<()> {
-    let invalid = |error: safetensors::SafeTensorError| Error::io(path, std::io::Error::other(error));
-    let view = TensorView::new(tensor.dtype, tensor.shape.clone(), &tensor.bytes).map_err(invalid)?;
-    safetensors::serialize_to_file([(tensor.name, view)], None, path).map_err(invalid)
 }

@@ -79,12 +79,15 @@ impl Eval {
         let given: Option<Vec<Given>> = self.against.as_deref().map(lines).transpose()?;
         let (source, load) = self.model.load_options()?;
         let mut engine = Engine::load(&source, &load, self.session.session_options())?;
-        super::run::stop_on_ctrl_c(&engine.control)?;
+        super::ask::stop_on_ctrl_c(&engine.control)?;
 
         let base = self.questions.parent().unwrap_or(Path::new(""));
         let mut images: HashMap<PathBuf, ImageHandle> = HashMap::new();
         let mut counts: BTreeMap<String, Count> = BTreeMap::new();
-        let bar = progress::bar("asking", questions.len() as u64);
+        let bar = match self.quiet {
+            true => indicatif::ProgressBar::hidden(),
+            false => progress::bar("asking", questions.len() as u64),
+        };
         for (i, q) in questions.iter().enumerate() {
             if !images.contains_key(&q.image) {
                 let path = base.join(&q.image);
@@ -106,9 +109,7 @@ impl Eval {
             count.asked += 1;
             count.right += (text == q.answer.trim()) as usize;
             count.agree += self.agrees(given.as_deref(), i, q, text)? as usize;
-            if !self.quiet {
-                bar.inc(1);
-            }
+            bar.inc(1);
         }
         bar.finish_and_clear();
         self.report(&counts)

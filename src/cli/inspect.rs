@@ -1,7 +1,7 @@
 //! `tessera inspect`: what a checkpoint is, and what running it would do.
 
 use super::options::{ModelArgs, SessionArgs, format_size};
-use crate::backend::cpu::physical_memory;
+use crate::backend::cpu::usable_memory;
 use crate::error::{Error, Result};
 use crate::graph::{Graph, Plan};
 use crate::input::image::{ImageMode, Merge, Tiling};
@@ -196,7 +196,7 @@ fn card(model: &Model, session: &SessionPlan) -> String {
             format_size(plan.total()),
         ),
     ));
-    let available = physical_memory();
+    let available = usable_memory();
     let fits = if plan.check(available).is_ok() { "enough" } else { "too small: `run` will refuse" };
     lines.push(("machine", format!("{} of memory, {fits}", format_size(available))));
     lines.push((

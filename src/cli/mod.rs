@@ -1,6 +1,7 @@
 //! The command line: one file per command. Text goes to stdout as it is made; progress, timings and
 //! warnings go to stderr. Exit codes: 0 done, 1 failed, 2 usage.
 
+mod ask;
 mod bench;
 mod chat;
 mod clip;
@@ -15,8 +16,12 @@ mod progress;
 mod run;
 mod synth;
 
-use crate::error::{Error, Result};
+use crate::error::{self, Error, Result};
 use clap::{Parser, Subcommand};
+use std::fmt;
+use std::fs::File;
+use std::io::{Read, Write};
+use std::path::Path;
 use std::process::ExitCode;
 
 /// The command line.
@@ -55,21 +60,44 @@ enum Command {
 
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
-    match cli.command.run() {
+    keep_caught_panics_quiet();
+    let result = match Cli::try_parse() {
+        Ok(cli) => cli.command.run(),
+        Err(usage) if usage.use_stderr() => {
+            // Where nobody can be told there is still the exit code.
+            let _ = usage.print();
+            return ExitCode::from(2);
+        }
+        Err(help) => help.print().map_err(|source| Error::io(STDOUT, source)),
+    };
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         // A reader that has seen enough, as `| head` does, is no failure of ours.
-        Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
+        Err(Error::Io { path, source })
+            if path == Path::new(STDOUT) && source.kind() == std::io::ErrorKind::BrokenPipe =>
+        {
+            ExitCode::SUCCESS
+        }
         // Ctrl-C before there was anything to show: asked for, so no failure either.
         Err(Error::Cancelled) => {
-            eprintln!("stopped");
+            say(format_args!("stopped"));
             ExitCode::SUCCESS
         }
         Err(error) => {
-            eprintln!("error: {error}");
+            say(format_args!("error: {error}"));
             ExitCode::from(if matches!(error, Error::Option { .. }) { 2 } else { 1 })
         }
     }
+}
+
+/// A decoder's panic that becomes an [`Error`] is no news; any other is a bug, and told as ever.
+fn keep_caught_panics_quiet() {
+    let tell = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        if !error::is_guarded() {
+            tell(panic);
+        }
+    }));
 }
 
 impl Command {
@@ -90,14 +118,30 @@ impl Command {
     }
 }
 
-/// Reads a file that a command was pointed at.
-fn read(path: &std::path::Path) -> Result<Vec<u8>> {
-    std::fs::read(path).map_err(|source| Error::io(path, source))
+/// The longest file that is read whole, in bytes: the largest picture without compression has fewer.
+const MAX_FILE: u64 = 1 << 30;
+
+/// Reads a file that a command was pointed at. It may be a pipe, or a device that never ends.
+fn read(path: &Path) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    let file = File::open(path);
+    let read = file.and_then(|file| file.take(MAX_FILE + 1).read_to_end(&mut bytes));
+    match read.map_err(|source| Error::io(path, source))? as u64 {
+        0..=MAX_FILE => Ok(bytes),
+        _ => Err(Error::io(path, std::io::Error::other(format!("longer than {MAX_FILE} bytes")))),
+    }
 }
+
+/// What errors call the standard output.
+const STDOUT: &str = "stdout";
 
 /// Writes to stdout and flushes, so that text appears as it is made.
 fn print(text: &str) -> Result<()> {
-    use std::io::Write;
     let mut out = std::io::stdout().lock();
-    out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(|source| Error::io("stdout", source))
+    out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(|source| Error::io(STDOUT, source))
+}
+
+/// Writes a line to stderr: a remark, which is no reason to fail where nobody listens.
+fn say(line: fmt::Arguments<'_>) {
+    let _ = std::io::stderr().lock().write_all(format!("{line}\n").as_bytes());
 }

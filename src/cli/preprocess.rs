@@ -1,6 +1,6 @@
 //! `tessera preprocess`: the pixels that the vision tower would see, and their hash.
 
-use super::dump;
+use super::dump::Dump;
 use super::options::PictureArgs;
 use crate::error::Result;
 use crate::input::image::{self, pixels_sha256};
@@ -33,7 +33,8 @@ impl Preprocess {
         let options = self.pictures.apply(LoadOptions::default());
         let (decode, processor, config) = model::load_preprocess(&Source::parse(&self.model)?, &options)?;
         let (side, tiled) = (processor.side(), config.tiling.is_some());
-        let mut all = Vec::with_capacity(self.image.len());
+        let out = self.out.as_deref().map(Dump::create).transpose()?;
+        let mut all = Vec::new();
         for path in &self.image {
             let name = path.display().to_string();
             let picture = image::decode(&name, &super::read(path)?, &decode)?;
@@ -61,11 +62,10 @@ impl Preprocess {
                     )
                 }
             })?;
-            all.push(pixels);
+            if out.is_some() {
+                all.push(pixels);
+            }
         }
-        match &self.out {
-            Some(path) => dump::write_pixels(path, side, tiled, &all),
-            None => Ok(()),
-        }
+        out.map_or(Ok(()), |out| out.write_pixels(side, tiled, &all))
     }
 }

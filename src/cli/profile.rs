@@ -43,7 +43,7 @@ impl Profile {
     pub fn run(self) -> Result<()> {
         let (source, load) = self.model.load_options()?;
         let mut engine = Engine::load(&source, &load, self.session.session_options())?;
-        super::run::stop_on_ctrl_c(&engine.control)?;
+        super::ask::stop_on_ctrl_c(&engine.control)?;
         let picture = self.image.as_deref().map(super::read).transpose()?;
         // Once without a watch, so that nothing is done for the first time; once with one.
         self.answer(&mut engine, picture.as_deref(), self.max_tokens.min(2))?;
@@ -90,12 +90,12 @@ impl Profile {
         }
         let spans: usize = executors.iter().map(|e| e.spans().len()).sum();
         let each = cost_of_a_span();
-        eprintln!(
+        super::say(format_args!(
             "{spans} spans at {:.0} ns: {:.3} % of the run's {:.1} ms",
             each * 1e9,
             100.0 * each * spans as f64 / total.as_secs_f64(),
             total.as_secs_f64() * 1e3
-        );
+        ));
         Ok(())
     }
 

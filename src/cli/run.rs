@@ -1,12 +1,10 @@
 //! `tessera run`: one prompt, one answer.
 
-use super::dump;
+use super::ask::{answer, decode, encode, stop_on_ctrl_c};
+use super::dump::Dump;
 use super::options::{ModelArgs, SamplingArgs, SessionArgs};
-use super::progress::Progress;
 use crate::error::{Error, Result};
-use crate::graph::Control;
 use crate::input::prompt::{Conversation, ImageSource, Message};
-use crate::runtime::engine::Decoded;
 use crate::runtime::request::Completion;
 use crate::runtime::{Engine, ImageHandle, Input, Request};
 use clap::Args;
@@ -67,9 +65,7 @@ impl Run {
         let sampling = self.sampling.sampling()?;
         let (source, load) = self.model.load_options()?;
         let (input, sources) = self.input()?;
-        if let Some(path) = &self.dump {
-            dump::create(path)?;
-        }
+        let dump = self.dump.as_deref().map(Dump::create).transpose()?;
         let mut session = self.session.session_options();
         session.all_logits = self.dump.is_some();
 
@@ -93,11 +89,13 @@ impl Run {
         engine.admit(&request, &sizes)?;
         request.images = encode(&mut engine, pictures, self.quiet)?;
         if !sampling.is_greedy() && !self.quiet && !self.json {
-            eprintln!("seed {}", sampling.seed);
+            super::say(format_args!("seed {}", sampling.seed));
         }
-        let answer = self.answer(&mut engine, &request)?;
-        if let Some(path) = &self.dump {
-            dump::write(path, engine.model(), &request.images, &answer)?;
+        let answer = answer(&mut engine, &request, !self.json, self.quiet)?;
+        // A run that was stopped while it read the prompt has no logits for all of it.
+        let whole = !(answer.is_stopped() && answer.token_ids.is_empty());
+        if let Some(dump) = dump.filter(|_| whole) {
+            dump.write(engine.model(), &request.images, &answer)?;
         }
         let timings = Timings::of(&request.images, &answer, loaded, start.elapsed());
         if self.json {
@@ -105,7 +103,7 @@ impl Run {
             return super::print(&format!("{object}\n"));
         }
         if !self.quiet && self.model.times() {
-            eprintln!("{}", timings.line(&answer));
+            super::say(format_args!("{}", timings.line(&answer)));
         }
         Ok(())
     }
@@ -127,29 +125,6 @@ impl Run {
         let system = self.system.iter().map(|text| Message::text("system", text.as_str()));
         let user = Message::prompt(&prompt, files.len())?;
         Ok((Input::Chat(system.chain([user]).collect()), files))
-    }
-
-    fn answer(&self, engine: &mut Engine, request: &Request) -> Result<Completion> {
-        let (mut failed, mut begun) = (Ok(()), false);
-        let mut progress = Some(Progress::follow("reading the prompt", &engine.control, self.quiet));
-        let control = engine.control.clone();
-        let answer = engine.generate(request, |text| {
-            progress = None;
-            if !self.json && failed.is_ok() {
-                begun = true;
-                failed = super::print(text);
-                if failed.is_err() {
-                    control.cancel();
-                }
-            }
-        });
-        drop(progress);
-        failed?;
-        // The line is ended before anything else is said, an error too.
-        if !self.json && (begun || answer.is_ok()) {
-            super::print("\n")?;
-        }
-        answer
     }
 
     fn report(&self, engine: &Engine, request: &Request, answer: &Completion, timings: &Timings) -> Value {
@@ -202,26 +177,6 @@ fn logprobs(engine: &Engine, answer: &Completion) -> Value {
         .collect()
 }
 
-/// Decodes pictures.
-pub fn decode(engine: &Engine, sources: &[ImageSource]) -> Result<Vec<Decoded>> {
-    let named = |(i, source): (usize, &ImageSource)| match source {
-        ImageSource::Path(path) => engine.decode(&path.display().to_string(), &super::read(path)?),
-        ImageSource::Bytes(bytes) => engine.decode(&format!("#{} (data: URL)", i + 1), bytes),
-        ImageSource::Given => unreachable!("`place` has put files in their places"),
-    };
-    sources.iter().enumerate().map(named).collect()
-}
-
-/// Encodes pictures, with a bar over the vision tower, and lets go of their pixels one after the other.
-pub fn encode(engine: &mut Engine, pictures: Vec<Decoded>, quiet: bool) -> Result<Vec<ImageHandle>> {
-    let mut images = Vec::with_capacity(pictures.len());
-    for picture in pictures {
-        let _progress = Progress::follow("looking at the picture", &engine.control, quiet);
-        images.push(engine.encode(&picture)?);
-    }
-    Ok(images)
-}
-
 /// Puts the pictures given with `--image` where the conversation names none of its own.
 fn place(images: Vec<ImageSource>, files: Vec<ImageSource>) -> Result<Vec<ImageSource>> {
     let wanted = images.iter().filter(|image| **image == ImageSource::Given).count();
@@ -237,19 +192,6 @@ fn place(images: Vec<ImageSource>, files: Vec<ImageSource>) -> Result<Vec<ImageS
         image => image,
     };
     Ok(images.into_iter().map(take).collect())
-}
-
-/// The first Ctrl-C ends the answer with what was made; a second one ends the process.
-pub fn stop_on_ctrl_c(control: &Control) -> Result<()> {
-    let control = control.clone();
-    let handler = move || {
-        if control.is_cancelled() {
-            std::process::exit(130);
-        }
-        control.cancel();
-    };
-    ctrlc::set_handler(handler)
-        .map_err(|error| Error::io("SIGINT handler", std::io::Error::other(error.to_string())))
 }
 
 /// Where the time went.

@@ -37,7 +37,7 @@ impl Synth {
         let options = SynthOptions { dtype, seed: self.seed, shard_bytes: self.shard_size, threads };
         synth(preset, &self.out, options, &|done| bar.set_position(done))?;
         bar.finish_and_clear();
-        eprintln!("wrote {} to {}", preset.name, self.out.display());
+        super::say(format_args!("wrote {} to {}", preset.name, self.out.display()));
         Ok(())
     }
 }

@@ -1,17 +1,20 @@
 //! The front desk: pictures and questions in, text out.
 
 use super::batch::{Advance, Phase, Want};
+use super::device::Device;
 use super::model::{LoadOptions, Model, Source};
 use super::request::{Completion, FinishReason, Input, Request, TokenLogProb};
 use super::sampling::log_probs;
 use super::sequence::{EncodedImage, Sequence};
 use super::session::Session;
-use super::size::SessionOptions;
+use super::size::{SessionOptions, SessionPlan};
 use super::vision::{Encoded, Pixels};
+use crate::backend::cpu::{CpuBackend, usable_memory};
 use crate::error::{Error, Result};
 use crate::graph::Control;
 use crate::input::image::{Picture, Tiles, pixels_sha256};
 use crate::input::prompt::{Prompt, StopStrings, TextStream};
+use crate::op::PAGE;
 use std::collections::HashMap;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
@@ -107,7 +110,22 @@ impl Engine {
     /// # Errors
     /// Whatever is wrong with the checkpoint or the options, named.
     pub fn load(source: &Source, options: &LoadOptions, session: SessionOptions) -> Result<Self> {
+        if let Source::Preset(_) = source {
+            Engine::plan(source, options, &session)?;
+        }
         Ok(Engine::new(Session::new(Arc::new(Model::load(source, options)?), session)?))
+    }
+
+    /// Whether a preset, whose weights take long to make, would fit into memory with its session.
+    fn plan(source: &Source, options: &LoadOptions, session: &SessionOptions) -> Result<()> {
+        let blank = LoadOptions { preset_values: false, progress: None, ..options.clone() };
+        let backend = Arc::new(CpuBackend::new(Some(1))?);
+        let plan = SessionPlan::new(&Model::load_on(backend, source, &blank)?, session)?;
+        match options.device.device {
+            Device::Auto | Device::Cpu => plan.memory.check(usable_memory()),
+            // These have memory of their own, and pages of 16 bits.
+            Device::Cuda(_) | Device::Emu => Ok(()),
+        }
     }
 
     /// An engine over a session.
@@ -273,8 +291,8 @@ impl Engine {
     /// the pieces are the completion's text.
     ///
     /// # Errors
-    /// [`Error::Prompt`], [`Error::Context`] and [`Error::Option`] before any work; [`Error::NonFinite`] and
-    /// [`Error::KvExhausted`] during it. A cancelled request is not an error: it has what was made.
+    /// [`Error::Prompt`], [`Error::Context`], [`Error::KvExhausted`] and [`Error::Option`] before any work;
+    /// [`Error::NonFinite`] during it. A cancelled request is not an error: it has what was made.
     pub fn generate(&mut self, request: &Request, mut on_text: impl FnMut(&str)) -> Result<Completion> {
         let prompt = self.prompt(&request.input, &request.images)?;
         let max_tokens = self.max_tokens(request, prompt.ids.len())?;
@@ -433,7 +451,7 @@ impl Engine {
 
     /// How many tokens the answer may have.
     fn max_tokens(&self, request: &Request, prompt: usize) -> Result<usize> {
-        let room = self.session.context().saturating_sub(prompt);
+        let room = (self.session.longest() + 1).saturating_sub(prompt);
         let wanted = request.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS.min(room).max(1));
         self.fits(prompt, wanted)?;
         Ok(wanted)
@@ -441,9 +459,13 @@ impl Engine {
 
     fn fits(&self, prompt: usize, new: usize) -> Result<()> {
         let context = self.session.context();
-        let needed = prompt.saturating_add(new);
+        let needed = prompt.saturating_add(new.saturating_sub(1));
         if needed > context {
             return Err(Error::Context { needed, prompt, new, context });
+        }
+        let (needed, total) = (needed.div_ceil(PAGE), self.session.memory().pages);
+        if needed > total {
+            return Err(Error::KvExhausted { needed, free: total, total, page_size: PAGE });
         }
         Ok(())
     }

@@ -1,7 +1,7 @@
 //! A model: what a checkpoint says and holds, ready to be run by any number of sessions.
 
 use super::device::DeviceOptions;
-use crate::backend::cpu::physical_memory;
+use crate::backend::cpu::usable_memory;
 use crate::backend::{Backend, Ceilings};
 use crate::error::{Error, Result};
 use crate::folder::Folder;
@@ -346,7 +346,7 @@ fn preset_weights(preset: &Preset, options: &LoadOptions) -> Result<Weights> {
     }
     let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
     let total = preset.bytes(options.preset_dtype)?;
-    let available = physical_memory();
+    let available = usable_memory();
     if available > 0 && total > available {
         return Err(Error::Memory {
             what: format!("the weights of preset:{}", preset.name),

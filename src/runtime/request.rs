@@ -121,6 +121,11 @@ pub struct Completion {
 }
 
 impl Completion {
+    /// Whether it was cut short by [`Control::cancel`](crate::graph::Control::cancel).
+    pub fn is_stopped(&self) -> bool {
+        self.finish_reason == FinishReason::Cancelled
+    }
+
     /// Tokens per second after the first.
     pub fn decode_tokens_per_s(&self) -> f64 {
         let steps = self.token_ids.len().saturating_sub(1) as f64;

@@ -12,11 +12,11 @@ use super::sequence::{EncodedImage, Sequence, SharedPages};
 use super::size::{MemoryPlan, SessionOptions, SessionPlan};
 use super::vision::{Encoded, Encoder, Pixels};
 use crate::backend::Buffer;
-use crate::backend::cpu::physical_memory;
+use crate::backend::cpu::usable_memory;
 use crate::error::{Error, Result};
 use crate::graph::{Control, Executor};
 use crate::model::llama::Llama;
-use crate::op::{Cost, KvExtent};
+use crate::op::{Cost, KvExtent, PAGE};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -44,7 +44,7 @@ impl Session {
             SessionPlan::new(&model, &options)?;
         let (config, backend, max) = (&model.config().text, model.backend(), language_plan.max);
         match backend.available()? {
-            None => memory.check(physical_memory())?,
+            None => memory.check(usable_memory())?,
             // Its weights are there already.
             Some(free) => MemoryPlan { weights: 0, ..memory }.check(free)?,
         }
@@ -78,6 +78,11 @@ impl Session {
     /// Most positions of one sequence.
     pub fn context(&self) -> usize {
         self.plan.context
+    }
+
+    /// Most positions that one sequence can have when it has the KV cache for itself.
+    pub fn longest(&self) -> usize {
+        self.plan.context.min(self.plan.pages.saturating_mul(PAGE))
     }
 
     /// Most token rows of one step.

@@ -12,11 +12,14 @@ pub mod embed;
 pub mod lanes;
 pub mod linear;
 pub mod machine;
+mod memory;
 pub mod norm;
 pub mod panel;
 pub mod pool;
 pub mod rope;
 pub mod sample;
+
+pub use memory::usable_memory;
 
 use super::{Backend, Buffer, Call, Ceilings, Prepared};
 use crate::error::{Error, Result};
@@ -84,13 +87,6 @@ fn ranks(
     (weights - 2 * pairs..weights).step_by(2).map(move |a| ty(a).rows)
 }
 
-/// Bytes of memory this machine has, or 0 if it does not tell.
-pub fn physical_memory() -> u64 {
-    // SAFETY: sysconf reads a number and touches no memory of ours.
-    let (pages, size) = unsafe { (libc::sysconf(libc::_SC_PHYS_PAGES), libc::sysconf(libc::_SC_PAGESIZE)) };
-    u64::try_from(pages).unwrap_or(0) * u64::try_from(size).unwrap_or(0)
-}
-
 impl Backend for CpuBackend {
     fn describe(&self) -> String {
         let (isa, threads) = (self.machine.isa().name(), self.threads());
@@ -119,7 +115,7 @@ impl Backend for CpuBackend {
         let mut memory = memmap2::MmapMut::map_anon(CEILING_BYTES).map_err(|error| Error::Memory {
             what: "the read ceiling".into(),
             needed: CEILING_BYTES as u64,
-            available: physical_memory(),
+            available: usable_memory(),
             remedy: format!("; the system says: {error}"),
         })?;
         memory.fill(1);
@@ -127,7 +123,7 @@ impl Backend for CpuBackend {
     }
 
     fn alloc(&self, what: &str, bytes: usize) -> Result<Buffer> {
-        let available = physical_memory();
+        let available = usable_memory();
         let refuse = |remedy: &str| Error::Memory {
             what: what.into(),
             needed: bytes as u64,

@@ -178,7 +178,7 @@ impl Driver for Emulator {
     }
 
     fn memory(&self) -> Result<(u64, u64)> {
-        let memory = crate::backend::cpu::physical_memory();
+        let memory = crate::backend::cpu::usable_memory();
         Ok((memory, memory))
     }
 

@@ -4,14 +4,13 @@
 //! the decoders run with a memory limit, and a decoder that panics is an error like any other.
 
 use std::io::Cursor;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use image::metadata::Orientation;
 use image::{DynamicImage, ExtendedColorType, ImageDecoder, ImageFormat, ImageReader, Limits};
 
 use super::convert::{Grey16, cmyk_to_rgb, to_rgb};
 use super::{Picture, png};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, guarded};
 
 /// The largest picture that is decoded, in pixels: where Pillow raises `DecompressionBombError`.
 pub const MAX_PIXELS: u64 = 178_956_970;
@@ -38,10 +37,9 @@ impl Default for DecodeOptions {
 /// The first frame of a PNG, JPEG, WebP, GIF, BMP or TIFF file. The format is told by the bytes, not by
 /// `name`, which is for error messages.
 pub fn decode(name: &str, bytes: &[u8], options: &DecodeOptions) -> Result<Picture> {
-    match catch_unwind(AssertUnwindSafe(|| read(bytes, options))) {
-        Ok(result) => result.map_err(|problem| Error::image(name, problem)),
-        Err(_) => Err(Error::image(name, "the decoder gave up on it; the file is damaged")),
-    }
+    guarded(|| read(bytes, options))
+        .unwrap_or_else(|| Err("the decoder gave up on it; the file is damaged".into()))
+        .map_err(|problem| Error::image(name, problem))
 }
 
 fn read(bytes: &[u8], options: &DecodeOptions) -> Result<Picture, String> {

@@ -13,7 +13,6 @@ pub(super) fn add_to(environment: &mut Environment<'static>) {
     environment.add_function("raise_exception", raise_exception);
     environment.add_function("strftime_now", strftime_now);
     environment.add_filter("tojson", tojson);
-    environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
 }
 
 /// Turns `{% generation %}` and `{% endgeneration %}`, which mark what an assistant said for training,

@@ -7,6 +7,7 @@
 //!
 //! CLIP's text tower reads no conversations, and has a tokenizer of its own ([`ClipTokenizer`]).
 
+mod budget;
 mod clip;
 mod expand;
 mod functions;

@@ -1,26 +1,25 @@
 //! Chat templates: the checkpoint's own Jinja program makes one text of a conversation.
 
-use std::io;
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
 
+use minijinja::machinery::{CodeGenerator, Instructions, Vm, WhitespaceConfig, make_string_output, parse};
 use minijinja::{AutoEscape, Environment, context};
 use serde_json::{Map, Value, json};
 
 use super::message::{Content, Message, Part};
 use super::styles::Style;
-use super::{functions, message};
+use super::{budget, functions, message};
 use crate::error::{Error, Result};
 use crate::folder::{Folder, read_file};
 
 /// Instructions a template may execute, a tenth of a second. Real templates need some ten thousand at the
-/// start (macros for tools) and about a hundred for a message. This ends every loop. What the engine gives
-/// no means to bound is one string that a template doubles in a variable, over and over.
+/// start (macros for tools) and about a hundred for a message. This ends every loop; memory is bounded by
+/// [`budget`].
 const FUEL: u64 = 1_000_000;
 /// Nested macro calls and loops; real templates stay below ten.
 const RECURSION: usize = 64;
-/// The longest rendered text in bytes, some two hundred contexts of 4096 tokens.
-const MAX_RENDERED: usize = 4 << 20;
 /// The longest template in bytes; real ones have up to 30 kB.
 const MAX_TEMPLATE: usize = 128 << 10;
 /// Stack for the template engine, which descends into expressions and values without looking how deep they
@@ -32,6 +31,7 @@ const STACK: usize = 512 << 20;
 pub struct ChatTemplate {
     /// Where it came from, for errors and `inspect`.
     name: String,
+    source: String,
     environment: Environment<'static>,
     /// `bos_token` and its like, for the template to write.
     special_tokens: Map<String, Value>,
@@ -124,16 +124,15 @@ impl ChatTemplate {
             return Err(Error::Template { name: name.into(), problem });
         }
         let mut environment = Environment::new();
-        environment.set_trim_blocks(true);
-        environment.set_lstrip_blocks(true);
-        environment.set_auto_escape_callback(|_| AutoEscape::None);
         environment.set_recursion_limit(RECURSION);
-        functions::add_to(&mut environment);
         environment.set_fuel(Some(FUEL));
+        functions::add_to(&mut environment);
+        budget::add_to(&mut environment);
         let source = functions::without_generation_blocks(&source);
-        on_deep_stack(name, || environment.add_template_owned("template", source))?;
+        on_deep_stack(name, || program(&source).map(drop))?;
         let mut template = ChatTemplate {
             name: name.into(),
+            source,
             environment,
             special_tokens,
             takes: ContentForm::Either,
@@ -198,7 +197,6 @@ impl ChatTemplate {
     }
 
     fn run(&self, messages: Value) -> Result<String> {
-        let mut out = Bounded(Vec::new());
         on_deep_stack(&self.name, || {
             let context = context! {
                 messages,
@@ -209,9 +207,13 @@ impl ChatTemplate {
                 separator => self.style.map_or("", |style| style.separator),
                 ..minijinja::Value::from_serialize(&self.special_tokens)
             };
-            self.environment.get_template("template")?.render_captured_to(context, &mut out).map(|_| ())
-        })?;
-        Ok(String::from_utf8_lossy(&out.0).into_owned())
+            let (instructions, blocks) = program(&self.source)?;
+            let mut text = String::new();
+            let mut out = make_string_output(&mut text);
+            Vm::new(&self.environment).eval(&instructions, context, &blocks, &mut out, AutoEscape::None)?;
+            drop(out);
+            budget::bounded(text)
+        })
     }
 
     /// The messages in the form that the template takes, `user` applied to each text.
@@ -302,21 +304,18 @@ impl Marks {
     }
 }
 
-/// A buffer that refuses to grow beyond [`MAX_RENDERED`].
-struct Bounded(Vec<u8>);
-
-impl io::Write for Bounded {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if self.0.len() + bytes.len() > MAX_RENDERED {
-            return Err(io::Error::other(format!("the text is longer than {MAX_RENDERED} bytes")));
-        }
-        self.0.extend_from_slice(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
+/// A compiled template with its blocks, paying for what it makes. White space is treated as by transformers.
+#[allow(clippy::type_complexity)]
+fn program(
+    source: &str,
+) -> std::result::Result<(Instructions<'_>, BTreeMap<&str, Instructions<'_>>), minijinja::Error> {
+    let blanks = WhitespaceConfig { trim_blocks: true, lstrip_blocks: true, ..Default::default() };
+    let tree = parse(source, "template", Default::default(), blanks)?;
+    let mut generator = CodeGenerator::new("template", source);
+    generator.compile_stmt(&tree);
+    let (instructions, blocks) = generator.finish();
+    let blocks = blocks.iter().map(|(name, block)| (*name, budget::metered(block))).collect();
+    Ok((budget::metered(&instructions), blocks))
 }
 
 /// A template as JSON has it: a string, or a list of named ones, of which `default` is meant.

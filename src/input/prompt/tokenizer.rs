@@ -3,7 +3,6 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
 use tokenizers::tokenizer::normalizer::Range as Span;
@@ -14,7 +13,7 @@ use tokenizers::{
 
 use super::sentencepiece;
 use super::stream::{Decoder, TextStream};
-use crate::error::{Error, Result};
+use crate::error::{self, Error, Result};
 use crate::folder::Folder;
 
 /// A tokenizer that fits its model: no id it makes is outside the vocabulary.
@@ -274,10 +273,8 @@ fn read(folder: &Folder) -> Result<(PathBuf, Vec<u8>)> {
 /// Runs the tokenizers library, which takes some malformed files (a merge shorter than the subword prefix,
 /// to name one) for impossible and panics.
 pub(super) fn guarded<T>(work: impl FnOnce() -> tokenizers::Result<T>) -> std::result::Result<T, String> {
-    match catch_unwind(AssertUnwindSafe(work)) {
-        Ok(result) => result.map_err(|e| e.to_string()),
-        Err(_) => Err("the file contradicts itself".into()),
-    }
+    let done = error::guarded(work).unwrap_or_else(|| Err("the file contradicts itself".into()));
+    done.map_err(|e| e.to_string())
 }
 
 /// Cuts a text into added tokens and the pieces between them, in order.

@@ -76,10 +76,25 @@ template <int W, class T> DEVICE void store(T* to, const float (&v)[W]) {
 // op.rs: Activation.
 enum Activation : uint32_t { NONE = 0, QUICK_GELU = 1, GELU_ERF = 2 };
 
-DEVICE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+constexpr float LOG2_E = 1.442695040888963f;
+
+// Within a few units in the last place of f32, and |x| of them more: results are rounded to 16 bits. With expf, erff and
+// a division they were half the time of a product with an activation (fc1 of CLIP ViT-L on an H200: 10 of 20 us).
+DEVICE float sigmoid(float x) { return rcp_approx(1.0f + exp2_approx(-LOG2_E * x)); }
 DEVICE float silu(float x) { return x * sigmoid(x); }
+
+// x Φ(x), by the fit of erfc of Numerical Recipes (6.2, erfcc), which is within 1.2e-7 of it relatively, however far out.
+DEVICE float gelu_erf(float x) {
+    const float z = fabsf(x) * 0.70710678118654752f, t = rcp_approx(fmaf(0.5f, z, 1.0f));
+    constexpr float FIT[] = {-0.82215223f, 1.48851587f, -1.13520398f, 0.27886807f, -0.18628806f,
+                             0.09678418f,  0.37409196f, 1.00002368f,  -1.26551223f};
+    float power = 0.17087277f;
+    for (float c : FIT) power = fmaf(power, t, c);
+    const float tail = 0.5f * t * exp2_approx(LOG2_E * fmaf(-z, z, power));
+    return x * (x > 0.0f ? 1.0f - tail : tail);
+}
 DEVICE float activate(float x, uint32_t activation) {
     if (activation == QUICK_GELU) return x * sigmoid(1.702f * x);
-    if (activation == GELU_ERF) return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f));
+    if (activation == GELU_ERF) return gelu_erf(x);
     return x;
 }

@@ -2,7 +2,7 @@
 //
 //   rows  M x K: a matrix in memory, or what the caller gathers (patches of an image)
 //   W     T [N, ldw], ldw = K rounded up to 8, the rest zeros
-//   y     whatever the `Output` of the caller makes of four neighbouring f32 sums at a time
+//   y     whatever the caller's `Output` makes of four neighbouring f32 sums at a time
 //   grid  (tiles, slices): tile t of M/ROWS x N/COLS in raster order, slice s of K
 //
 // Cost: 2 M N K FLOP; M K + N K elements read from DRAM once if L2 holds a wave's share of both.
@@ -39,18 +39,13 @@ template <int ROWS_, int COLS_, int DEPTH_, int STAGES_, int WARPS_M_, int WARPS
     static constexpr int PASS = THREADS / CHUNKS;    // rows that all threads together copy at a time
     static constexpr int ROW = DEPTH * 2, SLOT = (ROWS + COLS) * ROW;  // bytes
 
-    // Floats from row to row of a warp's staged results: an odd multiple of 16, so that two rows of 64 bytes fall into
-    // different banks.
-    static constexpr int STAGED = WARP_COLS % 32 == 0 ? WARP_COLS + 16 : WARP_COLS;
     static constexpr int SHARED_BYTES = STAGES * SLOT;
 
     static_assert(WARP_ROWS * WARPS_M_ == ROWS && WARP_COLS * WARPS_N_ == COLS, "whole warps");
     static_assert(WARP_ROWS % 16 == 0 && WARP_COLS % 16 == 0, "whole fragments");
     static_assert((DEPTH == 32 || DEPTH == 64) && K_UNIT % DEPTH == 0, "whole blocks in a unit of K");
     static_assert(PASS % 16 == 0, "a thread's rows of all passes are dealt and swizzled alike");
-    static_assert(STAGED % 32 == 16, "eight lanes store eight different 16-byte groups of banks: two rows of four");
-    static_assert(WARPS * 16 * STAGED * 4 <= SHARED_BYTES, "staged results fit where the operands were");
-    static_assert(SHARED_BYTES <= 99 * 1024, "what a block of sm_86, 89 and 120 may have");
+    static_assert(SHARED_BYTES <= 163 * 1024, "what a block of sm_80 may have");
 };
 
 // Where in a slot the 16 bytes `chunk` of row `row` lie, in bytes. Rows are 64 or 128 bytes; the chunks of neighbouring
@@ -80,50 +75,38 @@ static_assert(conflict_free<4>() && conflict_free<8>(), "ldmatrix without bank c
 
 // ---- four neighbouring columns, for outputs --------------------------------------------------------------
 
-// Columns col .. col+4 of a row of `cols`: `left` of them and of what follows exist. If rows are whole fours, so are
-// these, at an aligned address.
-struct Four {
-    bool whole;
-    int left;
-    DEVICE Four(uint32_t col, uint32_t cols) : whole(cols % 4 == 0), left((int)cols - (int)col) {}
-};
-
-template <class T> DEVICE void add(float (&y)[4], const T* from, Four four) {
-    if (four.whole) {
-        Vec8 v = *(const Vec8*)from;
-        y[0] += low<T>(v.word[0]);
-        y[1] += high<T>(v.word[0]);
-        y[2] += low<T>(v.word[1]);
-        y[3] += high<T>(v.word[1]);
+// Of which `left` exist. If rows are `whole` fours they all do, at an aligned address.
+template <bool whole> DEVICE void load4(float (&v)[4], const float* from, int left) {
+    if constexpr (whole) {
+        Vec16 raw = load16(from);
+        for (int e = 0; e < 4; e++) v[e] = bits_to_float(raw.word[e]);
     } else {
-        for (int e = 0; e < 4; e++)
-            if (mask(e < four.left)) y[e] += to_float(from[e]);
+        for (int e = 0; e < 4; e++) v[e] = mask(e < left) ? from[e] : 0.0f;
     }
 }
-template <> DEVICE void add(float (&y)[4], const float* from, Four four) {
-    if (four.whole) {
-        Vec16 v = load16(from);
-        for (int e = 0; e < 4; e++) y[e] += bits_to_float(v.word[e]);
+template <bool whole, class T> DEVICE void load4(float (&v)[4], const T* from, int left) {
+    if constexpr (whole) {
+        Vec8 raw = *(const Vec8*)from;
+        for (int i = 0; i < 2; i++) v[2 * i] = low<T>(raw.word[i]), v[2 * i + 1] = high<T>(raw.word[i]);
     } else {
-        for (int e = 0; e < 4; e++)
-            if (mask(e < four.left)) y[e] += from[e];
+        for (int e = 0; e < 4; e++) v[e] = mask(e < left) ? to_float(from[e]) : 0.0f;
     }
 }
 
-template <class T> DEVICE void store(T* to, const float (&y)[4], Four four) {
-    if (four.whole) {
-        *(Vec8*)to = {pack2<T>(y[0], y[1]), pack2<T>(y[2], y[3])};
+template <bool whole> DEVICE void store4(float* to, const float (&v)[4], int left) {
+    if constexpr (whole) {
+        store16(to, {float_to_bits(v[0]), float_to_bits(v[1]), float_to_bits(v[2]), float_to_bits(v[3])});
     } else {
         for (int e = 0; e < 4; e++)
-            if (mask(e < four.left)) to[e] = from_float<T>(y[e]);
+            if (mask(e < left)) to[e] = v[e];
     }
 }
-template <> DEVICE void store(float* to, const float (&y)[4], Four four) {
-    if (four.whole) {
-        store16(to, {float_to_bits(y[0]), float_to_bits(y[1]), float_to_bits(y[2]), float_to_bits(y[3])});
+template <bool whole, class T> DEVICE void store4(T* to, const float (&v)[4], int left) {
+    if constexpr (whole) {
+        *(Vec8*)to = {pack2<T>(v[0], v[1]), pack2<T>(v[2], v[3])};
     } else {
         for (int e = 0; e < 4; e++)
-            if (mask(e < four.left)) to[e] = y[e];
+            if (mask(e < left)) to[e] = from_float<T>(v[e]);
     }
 }
 
@@ -167,6 +150,10 @@ template <class Tile> DEVICE Vec16 four(const Sums<Tile>& c, int g) {
     const float(&hi)[4] = c[g / 2 / Tile::N16][g / 2 % Tile::N16 * 2 + 1];
     const int h = g % 2 * 2;
     return {float_to_bits(lo[h]), float_to_bits(lo[h + 1]), float_to_bits(hi[h]), float_to_bits(hi[h + 1])};
+}
+
+template <class Tile> DEVICE void put(Sums<Tile>& c, int g, const Vec16& v) {
+    for (int e = 0; e < 4; e++) c[g / 2 / Tile::N16][g / 2 % Tile::N16 * 2 + e / 2][g % 2 * 2 + e % 2] = bits_to_float(v.word[e]);
 }
 
 // An operand in memory whose rows begin at 16-byte addresses: rows x depth, zeros outside.
@@ -291,64 +278,68 @@ DEVICE bool combine(Sums<Tile>& c, const GemmArgs& args, uint32_t tile, unsigned
     if (*arrived + 1 != args.slices) return false;
     if (threadIdx.x == 0) args.counters[tile] = 0;
     sync_block();  // `arrived` is read: shared memory is free again
-    constexpr int BATCH = 16;  // loads under way at a time; more would take registers that c has
-#pragma unroll 1
-    for (uint32_t s = 0; s < args.slices; s++)
-#pragma unroll 1
-        for (int batch = 0; batch < GROUPS; batch += BATCH)
+    // A batch of the next slice is on its way while that of one is added; larger ones would take registers that c has.
+    constexpr int BATCH = GROUPS % 8 == 0 ? 8 : GROUPS % 4 == 0 ? 4 : 2;
 #pragma unroll
-            for (int g = 0; g < GROUPS; g++) {
-                if (g / BATCH * BATCH != batch) continue;  // registers have no index at run time
-                Vec16 v = load16(mine + s * slice + g * Tile::THREADS * 4);
+    for (int first = 0; first < GROUPS; first += BATCH) {
+        Vec16 sum[BATCH], now[BATCH], next[BATCH];
+        auto load = [&](Vec16 (&to)[BATCH], uint32_t s) {
 #pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    float& sum = c[g / 2 / Tile::N16][g / 2 % Tile::N16 * 2 + e / 2][g % 2 * 2 + e % 2];
-                    sum = s == 0 ? bits_to_float(v.word[e]) : sum + bits_to_float(v.word[e]);
-                }
-            }
+            for (int g = 0; g < BATCH; g++)
+                to[g] = s == blockIdx.y ? four<Tile>(c, first + g)  // what this block found itself it still holds
+                                        : load16(mine + s * slice + (first + g) * Tile::THREADS * 4);
+        };
+        load(sum, 0);
+        load(next, 1);
+#pragma unroll 1
+        for (uint32_t s = 1; s < args.slices; s++) {
+#pragma unroll
+            for (int g = 0; g < BATCH; g++) now[g] = next[g];
+            if (s + 1 < args.slices) load(next, s + 1);
+#pragma unroll
+            for (int g = 0; g < BATCH; g++)
+                for (int e = 0; e < 4; e++)
+                    sum[g].word[e] = float_to_bits(bits_to_float(sum[g].word[e]) + bits_to_float(now[g].word[e]));
+        }
+#pragma unroll
+        for (int g = 0; g < BATCH; g++) put<Tile>(c, first + g, sum[g]);
+    }
     return true;
 }
 
-// Hands the sums to `out`, four neighbouring columns of a row at a time, neighbouring lanes neighbouring columns. Each
-// warp lays sixteen rows at a time down in shared memory for that: the loop over what becomes of them stays rolled
-// (unrolled over a thread's 128 sums, an erf each, it would be 100 KB of code), and global accesses are whole sectors.
-template <class Tile, class Output>
-DEVICE void write(const Sums<Tile>& c, const Output& out, Place first, unsigned char* shared) {
-    const uint32_t lane = lane_id();
-    float* stage = (float*)shared + warp_id() * 16 * Tile::STAGED;
-    first.row += warp_id() / Tile::WARPS_N * Tile::WARP_ROWS;
-    first.col += warp_id() % Tile::WARPS_N * Tile::WARP_COLS;
+// Hands the sums to `out` as the lanes hold them: four neighbouring columns of a row, so that four lanes store 32 (f32:
+// 64) neighbouring bytes, which are whole sectors without a detour through shared memory. What `out` needs beside the sums
+// of sixteen rows is asked for before the first of them is stored.
+//
+// The loop over what becomes of the sums stays rolled, because it may be long (an erf for each of a thread's 128). Since
+// registers have no index at run time, the sums of later rows move up instead.
+template <class Tile, class Output> DEVICE void write(Sums<Tile>& c, const Output& out, Place first) {
+    const uint32_t lane = lane_id(), warp = warp_id();
+    first.row += warp / Tile::WARPS_N * Tile::WARP_ROWS + lane / 4;
+    first.col += warp % Tile::WARPS_N * Tile::WARP_COLS + lane % 4 * 4;
 #pragma unroll 1
-    for (int i = 0; i < Tile::M16; i++) {
+    for (int i = 0; i < Tile::M16; i++, first.row += 16) {
+        typename Output::Beside beside[2 * Tile::N16];
 #pragma unroll
-        for (int m = 0; m < Tile::M16; m++) {
-            if (m != i) continue;  // registers have no index at run time
+        for (int g = 0; g < 2 * Tile::N16; g++) beside[g] = out.beside(first.row + g % 2 * 8, first.col + g / 2 * 16);
 #pragma unroll
-            for (int j = 0; j < Tile::N16; j++)
-#pragma unroll
-                for (int h = 0; h < 2; h++) {
-                    float* to = stage + (lane / 4 + 8 * h) * Tile::STAGED + 16 * j + lane % 4 * 4;
-                    *(Vec16*)to = four<Tile>(c, (m * Tile::N16 + j) * 2 + h);
-                }
-        }
-        sync_warp();
-#pragma unroll 1
-        for (uint32_t at = lane; at < 16 * Tile::WARP_COLS / 4; at += WARP) {
-            uint32_t row = at / (Tile::WARP_COLS / 4), col = at % (Tile::WARP_COLS / 4) * 4;
-            Vec16 v = *(const Vec16*)(stage + row * Tile::STAGED + col);
+        for (int g = 0; g < 2 * Tile::N16; g++) {
+            const Vec16 sums = four<Tile>(c, g);
             float y[4];
-#pragma unroll
-            for (int e = 0; e < 4; e++) y[e] = bits_to_float(v.word[e]);
-            out.write(first.row + 16 * i + row, first.col + col, y);
+            for (int e = 0; e < 4; e++) y[e] = bits_to_float(sums.word[e]);
+            out.write(first.row + g % 2 * 8, first.col + g / 2 * 16, y, beside[g]);
         }
-        sync_warp();
+#pragma unroll
+        for (int m = 0; m + 1 < Tile::M16; m++)
+#pragma unroll
+            for (int j = 0; j < 2 * Tile::N16; j++)
+                for (int e = 0; e < 4; e++) c[m][j][e] = c[m + 1][j][e];
     }
 }
 
-// The whole of a block: X as for Pipeline; out.write(row, col, y) finishes and stores y[0..4], columns col .. col+4 of
-// a row, either of which may be outside.
-template <class T, class Tile, class X, class Output>
-DEVICE void gemm(const GemmArgs& args, const X& x, const Output& out) {
+// The whole of a block: X as for Pipeline; finish(c, first) is given the sums of the tile that begins at `first`.
+template <class T, class Tile, class X, class Finish>
+DEVICE void gemm(const GemmArgs& args, const X& x, const Finish& finish) {
     SHARED(shared);
     const uint32_t tile_rows = (args.rows + Tile::ROWS - 1) / Tile::ROWS;
     const uint32_t tile_cols = (args.cols + Tile::COLS - 1) / Tile::COLS;
@@ -364,5 +355,5 @@ DEVICE void gemm(const GemmArgs& args, const X& x, const Output& out) {
     const Pipeline<T, Tile, X> pipeline = {x, w, shared, first, begin};
     pipeline.run(c, (end - begin + Tile::DEPTH - 1) / Tile::DEPTH);
     if (args.slices > 1 && !combine<Tile>(c, args, blockIdx.x, shared)) return;
-    write<Tile>(c, out, first, shared);
+    finish(c, first);
 }

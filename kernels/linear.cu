@@ -24,7 +24,7 @@ static_assert(sizeof(LinearArgs) == 88, "as in backend/cuda/linear.rs");
 
 enum Form : uint32_t { PLAIN = 0, WIDE = 1, GATED = 2 };
 
-// Rows of x of any length.
+// Rows of x of any length and at any address.
 template <class T> struct AnyRows {
     static constexpr bool ASYNC = false;
     const T* x;
@@ -41,41 +41,72 @@ template <class T> struct AnyRows {
     }
 };
 
-template <class T> struct LinearOutput {
+// act(sum + bias) + residual.
+template <class T, Activation act, bool whole> struct LinearOutput {
     const LinearArgs& args;
 
-    DEVICE void write(uint32_t row, uint32_t col, float (&y)[4]) const {
-        const Four four(col, args.gemm.cols);
-        if (!mask(row < args.gemm.rows) || !mask(four.left > 0)) return;
+    // Bias and residual of four columns.
+    struct Beside {
+        float bias[4], residual[4];
+    };
+    DEVICE int left(uint32_t row, uint32_t col) const {
+        return mask(row < args.gemm.rows) ? (int)args.gemm.cols - (int)col : 0;
+    }
+    DEVICE Beside beside(uint32_t row, uint32_t col) const {
+        Beside b = {};
+        const int left = this->left(row, col);
+        if (!mask(left > 0)) return b;
+        if (args.bias) load4<whole>(b.bias, args.bias + col, left);
+        if (args.residual)
+            load4<whole>(b.residual, (const T*)args.residual + (int64_t)row * args.gemm.cols + col, left);
+        return b;
+    }
+    DEVICE void write(uint32_t row, uint32_t col, float (&y)[4], const Beside& b) const {
+        const int left = this->left(row, col);
+        if (!mask(left > 0)) return;
         const int64_t at = (int64_t)row * args.gemm.cols + col;
-        if (args.bias) add(y, args.bias + col, four);
-        if (args.form == GATED) {
-            T* to = (T*)args.y + at / 2;
-            const float first = silu(y[0]) * y[1], second = silu(y[2]) * y[3];
-            if (four.whole) {
-                *(uint32_t*)to = pack2<T>(first, second);
-            } else {
-                to[0] = from_float<T>(first);
-                if (mask(four.left > 2)) to[1] = from_float<T>(second);
-            }
-            return;
-        }
-#pragma unroll
-        for (int e = 0; e < 4; e++) y[e] = activate(y[e], args.activation);
-        if (args.residual) add(y, (const T*)args.residual + at, four);
-        if (args.form == WIDE) store((float*)args.y + at, y, four);
-        else store((T*)args.y + at, y, four);
+        for (int e = 0; e < 4; e++) y[e] = activate(y[e] + b.bias[e], act) + b.residual[e];
+        if (args.form == WIDE) store4<whole>((float*)args.y + at, y, left);
+        else store4<whole>((T*)args.y + at, y, left);
     }
 };
 
+// silu(gate + bias) · (up + bias) of two features.
+template <class T, bool whole> struct GatedOutput : LinearOutput<T, NONE, whole> {
+    using Beside = typename LinearOutput<T, NONE, whole>::Beside;
+
+    DEVICE void write(uint32_t row, uint32_t col, float (&y)[4], const Beside& b) const {
+        const int left = this->left(row, col);
+        if (!mask(left > 0)) return;
+        T* to = (T*)this->args.y + ((int64_t)row * this->args.gemm.cols + col) / 2;
+        for (int e = 0; e < 4; e++) y[e] += b.bias[e];
+        const float first = silu(y[0]) * y[1], second = silu(y[2]) * y[3];
+        if constexpr (whole) {
+            *(uint32_t*)to = pack2<T>(first, second);
+        } else {
+            to[0] = from_float<T>(first);
+            if (mask(left > 2)) to[1] = from_float<T>(second);
+        }
+    }
+};
+
+// `whole`: rows of y are whole fours of columns.
+template <class T, class Tile, bool whole, class X> DEVICE void linear(const LinearArgs& args, const X& x) {
+    gemm<T, Tile>(args.gemm, x, [&](Sums<Tile>& c, Place first) {
+        if (args.form == GATED) write<Tile>(c, GatedOutput<T, whole>{{args}}, first);
+        else if (args.activation == QUICK_GELU) write<Tile>(c, LinearOutput<T, QUICK_GELU, whole>{args}, first);
+        else if (args.activation == GELU_ERF) write<Tile>(c, LinearOutput<T, GELU_ERF, whole>{args}, first);
+        else write<Tile>(c, LinearOutput<T, NONE, whole>{args}, first);
+    });
+}
+
 template <class T, class Tile> DEVICE void linear(const LinearArgs& args) {
     const Matrix<T> x = {(const T*)args.x, args.gemm.rows, args.gemm.depth, args.gemm.depth};
-    gemm<T, Tile>(args.gemm, x, LinearOutput<T>{args});
+    linear<T, Tile, true>(args, x);
 }
 
 template <class T, class Tile> DEVICE void linear_any(const LinearArgs& args) {
-    const AnyRows<T> x = {(const T*)args.x, args.gemm.rows, args.gemm.depth};
-    gemm<T, Tile>(args.gemm, x, LinearOutput<T>{args});
+    linear<T, Tile, false>(args, AnyRows<T>{(const T*)args.x, args.gemm.rows, args.gemm.depth});
 }
 
 KERNEL(128, 4, linear_16x64_bf16, LinearArgs) { linear<bf16, Tile<16, 64, 64, 5, 1, 4>>(args); }
@@ -88,13 +119,11 @@ KERNEL(128, 2, linear_64x96_bf16, LinearArgs) { linear<bf16, Tile<64, 96, 64, 4,
 KERNEL(128, 2, linear_64x96_f16, LinearArgs) { linear<f16, Tile<64, 96, 64, 4, 2, 2>>(args); }
 KERNEL(128, 2, linear_64x128_bf16, LinearArgs) { linear<bf16, Tile<64, 128, 64, 4, 2, 2>>(args); }
 KERNEL(128, 2, linear_64x128_f16, LinearArgs) { linear<f16, Tile<64, 128, 64, 4, 2, 2>>(args); }
-KERNEL(128, 2, linear_128x128_bf16, LinearArgs) { linear<bf16, Tile<128, 128, 32, 4, 2, 2>>(args); }
-KERNEL(128, 2, linear_128x128_f16, LinearArgs) { linear<f16, Tile<128, 128, 32, 4, 2, 2>>(args); }
+KERNEL(256, 1, linear_128x128_bf16, LinearArgs) { linear<bf16, Tile<128, 128, 64, 4, 2, 4>>(args); }
+KERNEL(256, 1, linear_128x128_f16, LinearArgs) { linear<f16, Tile<128, 128, 64, 4, 2, 4>>(args); }
+KERNEL(128, 2, linear_160x96_bf16, LinearArgs) { linear<bf16, Tile<160, 96, 64, 3, 2, 2>>(args); }
+KERNEL(128, 2, linear_160x96_f16, LinearArgs) { linear<f16, Tile<160, 96, 64, 3, 2, 2>>(args); }
 KERNEL(256, 1, linear_128x160_bf16, LinearArgs) { linear<bf16, Tile<128, 160, 32, 4, 4, 2>>(args); }
 KERNEL(256, 1, linear_128x160_f16, LinearArgs) { linear<f16, Tile<128, 160, 32, 4, 4, 2>>(args); }
-KERNEL(256, 1, linear_128x192_bf16, LinearArgs) { linear<bf16, Tile<128, 192, 32, 4, 2, 4>>(args); }
-KERNEL(256, 1, linear_128x192_f16, LinearArgs) { linear<f16, Tile<128, 192, 32, 4, 2, 4>>(args); }
-KERNEL(256, 1, linear_128x224_bf16, LinearArgs) { linear<bf16, Tile<128, 224, 32, 4, 4, 2>>(args); }
-KERNEL(256, 1, linear_128x224_f16, LinearArgs) { linear<f16, Tile<128, 224, 32, 4, 4, 2>>(args); }
-KERNEL(256, 1, linear_128x256_bf16, LinearArgs) { linear<bf16, Tile<128, 256, 32, 4, 2, 4>>(args); }
-KERNEL(256, 1, linear_128x256_f16, LinearArgs) { linear<f16, Tile<128, 256, 32, 4, 2, 4>>(args); }
+KERNEL(256, 1, linear_128x256_bf16, LinearArgs) { linear<bf16, Tile<128, 256, 64, 3, 2, 4>>(args); }
+KERNEL(256, 1, linear_128x256_f16, LinearArgs) { linear<f16, Tile<128, 256, 64, 3, 2, 4>>(args); }

@@ -52,21 +52,42 @@ template <class T> struct Patches {
     }
 };
 
-template <class T> struct PatchOutput {
+// sum + position + class row, in whole fours of columns or not.
+template <class T, bool whole> struct PatchOutput {
     const PatchArgs& args;
 
-    DEVICE void write(uint32_t row, uint32_t col, float (&y)[4]) const {
+    // The position's four columns, with the class row's in row 0.
+    struct Beside {
+        float add[4];
+    };
+    DEVICE int left(uint32_t row, uint32_t col) const {
+        return mask(row < args.gemm.rows) ? (int)args.gemm.cols - (int)col : 0;
+    }
+    DEVICE Beside beside(uint32_t row, uint32_t col) const {
+        Beside b = {};
+        const int left = this->left(row, col);
+        if (!mask(left > 0)) return b;
         const uint32_t cols = args.gemm.cols, number = row % (args.across * args.across + 1);
-        const Four four(col, cols);
-        if (!mask(row < args.gemm.rows) || !mask(four.left > 0)) return;
-        add(y, args.positions + (int64_t)number * cols + col, four);
-        if (number == 0) add(y, args.class_row + col, four);
-        store((T*)args.y + (int64_t)row * cols + col, y, four);
+        load4<whole>(b.add, args.positions + (int64_t)number * cols + col, left);
+        if (number > 0) return b;
+        float first[4];
+        load4<whole>(first, args.class_row + col, left);
+        for (int e = 0; e < 4; e++) b.add[e] += first[e];
+        return b;
+    }
+    DEVICE void write(uint32_t row, uint32_t col, float (&y)[4], const Beside& b) const {
+        const int left = this->left(row, col);
+        if (!mask(left > 0)) return;
+        for (int e = 0; e < 4; e++) y[e] += b.add[e];
+        store4<whole>((T*)args.y + (int64_t)row * args.gemm.cols + col, y, left);
     }
 };
 
 template <class T, class Tile> DEVICE void patch_embed(const PatchArgs& args) {
-    gemm<T, Tile>(args.gemm, Patches<T>{args}, PatchOutput<T>{args});
+    gemm<T, Tile>(args.gemm, Patches<T>{args}, [&](Sums<Tile>& c, Place first) {
+        if (args.gemm.cols % 4 == 0) write<Tile>(c, PatchOutput<T, true>{args}, first);
+        else write<Tile>(c, PatchOutput<T, false>{args}, first);
+    });
 }
 
 KERNEL(128, 2, patch_embed_64x96_bf16, PatchArgs) { patch_embed<bf16, Tile<64, 96, 64, 4, 2, 2>>(args); }

@@ -172,7 +172,7 @@ fn mutants_of_products_are_caught() {
     let products = [
         linear(70, &[100], 520, dtype, gelu, true, true),
         linear(18, &[35], 33, dtype, none, true, true),
-        linear(18, &[8], 2056, dtype, none, false, false),
+        linear(18, &[8], 4104, dtype, none, false, false),
         wide(linear(3, &[36], 40, dtype, none, false, false)),
         wide(linear(3, &[35], 40, dtype, none, false, false)),
         gated(18, 24, 40, dtype, true),

@@ -65,8 +65,19 @@ impl Clock {
         // SAFETY: the memory and the event are ours, and the kernel's only parameter is such a struct, which the
         // library copies before it returns; the rest is the caller's obligation.
         unsafe {
-            let launched =
-                sys::cuLaunchKernel(self.sweep, x, y, z, block, 1, 1, shared, stream, params, ptr::null_mut());
+            let launched = sys::cuLaunchKernel(
+                self.sweep,
+                x,
+                y,
+                z,
+                block,
+                1,
+                1,
+                shared,
+                stream,
+                params,
+                ptr::null_mut(),
+            );
             check("cuLaunchKernel", launched)?;
             check("cuEventRecord", sys::cuEventRecord(self.begin, stream))
         }

@@ -91,7 +91,7 @@ impl GemmArgs {
 /// all `matrices`.
 pub fn workspace(rows: usize, matrices: &[WeightType]) -> usize {
     let shape = shape(rows, matrices.iter().map(|matrix| matrix.rows).sum(), matrices[0].cols);
-    tile::partials(tiles(shape.depth), shape, tile::slices(shape.cols, shape.depth)) as usize
+    tile::partials(tiles(shape.cols, shape.depth), shape, tile::slices(shape.cols, shape.depth)) as usize
 }
 
 /// `act(x · Wᵀ + b) + residual` of the rows `rows`; see [`Op::Linear`].
@@ -104,7 +104,7 @@ pub fn workspace(rows: usize, matrices: &[WeightType]) -> usize {
 /// matrices end to end, rows padded to a multiple of 8 with zeros; biases end to end in f32.
 pub unsafe fn linear(device: &Device, call: &Call<'_>, rows: Range<usize>) -> Result<()> {
     // SAFETY: the caller's obligation.
-    unsafe { linear_by(device, call, rows, tiles(call.ins[0].cols as u32)) }
+    unsafe { linear_by(device, call, rows, tiles(call.outs[0].cols as u32, call.ins[0].cols as u32)) }
 }
 
 /// `silu(x·Wgᵀ + bg) ⊙ (x·Wuᵀ + bu)` of the rows `rows`; see [`Op::GatedLinear`].
@@ -116,7 +116,9 @@ pub unsafe fn linear(device: &Device, call: &Call<'_>, rows: Range<usize>) -> Re
 /// As for [`linear`], with rows of gate and up, and their biases, taking turns.
 pub unsafe fn gated_linear(device: &Device, call: &Call<'_>, rows: Range<usize>) -> Result<()> {
     // SAFETY: the caller's obligation.
-    unsafe { gated_linear_by(device, call, rows, tiles(call.ins[0].cols as u32)) }
+    unsafe {
+        gated_linear_by(device, call, rows, tiles(2 * call.outs[0].cols as u32, call.ins[0].cols as u32))
+    }
 }
 
 /// # Safety
@@ -130,7 +132,7 @@ unsafe fn linear_by(
     let Op::Linear { act, bias, residual, wide, .. } = *call.op else { unreachable!("a Linear") };
     let matrices = if bias { call.weights.len() / 2 } else { call.weights.len() };
     let matrix = (call.weights[0], call.weights[0].row_stride);
-    for (rows, slices) in launches(call, rows, tiles, call.outs[0].cols) {
+    for (rows, slices) in launches(device, call, rows, tiles, call.outs[0].cols) {
         let (x, y) = (part(&call.ins[0], &rows), part(&call.outs[0], &rows));
         debug_assert_eq!(y.cols, call.weights[..matrices].iter().map(|w| w.ty.rows).sum::<usize>());
         debug_assert_eq!(y.dtype, if wide { DType::F32 } else { device.dtype() });
@@ -164,7 +166,7 @@ unsafe fn gated_linear_by(
     let gate = call.weights[0];
     debug_assert_eq!(call.weights[1].addr, gate.addr + gate.row_stride / 2, "gate and up take turns");
     let matrix = (gate, gate.row_stride / 2);
-    for (rows, slices) in launches(call, rows, tiles, 2 * call.outs[0].cols) {
+    for (rows, slices) in launches(device, call, rows, tiles, 2 * call.outs[0].cols) {
         let (x, y) = (part(&call.ins[0], &rows), part(&call.outs[0], &rows));
         let shape = shape(x.rows, 2 * y.cols, x.cols);
         let (gemm, launch) = GemmArgs::plan(device, tiles, shape, matrix, (slices, call.workspace))?;
@@ -188,13 +190,14 @@ pub(super) fn shape(rows: usize, cols: usize, depth: usize) -> Shape {
     Shape { rows: rows as u32, cols: cols as u32, depth: depth as u32 }
 }
 
-/// The tiles for rows of x that begin at 16-byte addresses, or do not.
-fn tiles(depth: u32) -> &'static [Tile] {
-    if depth.is_multiple_of(8) { &TILES } else { &ANY }
+/// The tiles for rows of x that begin at 16-byte addresses and rows of y in whole fours of columns, or for any.
+fn tiles(cols: u32, depth: u32) -> &'static [Tile] {
+    if depth.is_multiple_of(8) && cols.is_multiple_of(4) { &TILES } else { &ANY }
 }
 
 /// The rows of each launch, and the slices of all of them.
 fn launches(
+    device: &Device,
     call: &Call<'_>,
     rows: Range<usize>,
     tiles: &[Tile],
@@ -202,7 +205,7 @@ fn launches(
 ) -> impl Iterator<Item = (Range<usize>, u32)> {
     debug_assert!(call.ins[0].addr.is_multiple_of(16));
     let slices = tile::slices(cols as u32, call.ins[0].cols as u32);
-    let at_once = tile::rows_at_once(tiles, cols as u32, slices) as usize;
+    let at_once = tile::rows_at_once(tiles, cols as u32, slices, device.limits().shared_per_block) as usize;
     rows.clone().step_by(at_once).map(move |start| (start..rows.end.min(start + at_once), slices))
 }
 
@@ -272,7 +275,7 @@ mod tests {
         Op::Linear { act: Activation::None, bias: false, residual: false, wide: false, pairs: Vec::new() };
 
     /// Several tiles high and wide, with tails; one of them cut into slices.
-    const SHAPES: [(usize, usize, usize); 3] = [(131, 264, 200), (70, 40, 1096), (17, 30, 64)];
+    const SHAPES: [(usize, usize, usize); 3] = [(131, 264, 200), (70, 40, 4136), (17, 28, 64)];
 
     /// Every tile gives the same bits: which one is chosen is a question of time alone.
     #[test]

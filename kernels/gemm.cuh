@@ -229,7 +229,7 @@ template <class T, class Tile, class X> struct Pipeline {
             }
     }
 
-    // Adds the product of `blocks` blocks of columns, at least one, to c. Afterwards shared memory is free.
+    // Adds the product of `blocks` blocks of columns, at least one, to c. Other warps may still read shared memory.
     DEVICE void run(Sums<Tile>& c, uint32_t blocks) const {
         for (uint32_t i = 0; i < Tile::STAGES - 1; i++) {
             if (i < blocks) fill(i, i);
@@ -258,7 +258,6 @@ template <class T, class Tile, class X> struct Pipeline {
                 multiply(c, f[step % 2]);
             }
         }
-        sync_block();
     }
 };
 
@@ -277,7 +276,6 @@ DEVICE bool combine(Sums<Tile>& c, const GemmArgs& args, uint32_t tile, unsigned
     sync_block();
     if (*arrived + 1 != args.slices) return false;
     if (threadIdx.x == 0) args.counters[tile] = 0;
-    sync_block();  // `arrived` is read: shared memory is free again
     // A batch of the next slice is on its way while that of one is added; larger ones would take registers that c has.
     constexpr int BATCH = GROUPS % 8 == 0 ? 8 : GROUPS % 4 == 0 ? 4 : 2;
 #pragma unroll

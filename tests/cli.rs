@@ -298,23 +298,26 @@ fn an_original_checkpoint_runs_and_is_described() {
     let model = data("e1_original_linear/llava-v1.5-tiny");
     let card = stdout(&tessera(&["inspect", "--model", &model]));
     for word in [
+        "LLaVA, as its authors' code saves it",
         "original LLaVA, linear projector",
         "e1_original_linear/vision_tower",
         "16 -> 32, linear",
         "EXIF rotation ignored",
         "tokenised piece by piece",
-        "penalty counts the answer",
+        "counts the answer",
         "pad: put on a square",
+        "original LLaVA, by the checkpoint's layout",
         "llava_v1",
     ] {
         assert!(card.contains(word), "{word}: {card}");
     }
     let card =
-        stdout(&tessera(&["inspect", "--model", &model, "--reference", "transformers", "--template", "v0"]));
-    assert!(
-        card.contains("EXIF rotation applied") && card.contains("crop:") && card.contains("llava_v0"),
-        "{card}"
-    );
+        stdout(&tessera(&["inspect", "--model", &model, "--reference", "hf", "--template", "llava_v0"]));
+    for word in
+        ["transformers, by --reference", "EXIF rotation applied", "tokenised as a whole", "crop:", "llava_v0"]
+    {
+        assert!(card.contains(word), "{word}: {card}");
+    }
     let image = data("e1_original_linear/images/wide.png");
     let tower = data("e1_original_linear/vision_tower");
     let args =

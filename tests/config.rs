@@ -124,6 +124,72 @@ fn a_mistral_has_defaults_of_its_own() {
     assert_eq!((config.vision, config.image_token_id, config.feature_layers.len()), (None, None, 0));
 }
 
+/// Up to the window every position attends to all before it, as in transformers without a window; beyond it, not.
+#[test]
+fn a_sliding_window_ends_the_positions() {
+    let text = |change: Value| parse(with(json!({ "model_type": "mistral" }), change)).unwrap().text;
+    let positions = |change: Value| (text(change.clone()).max_positions, text(change).sliding_window);
+    assert_eq!(positions(json!({ "sliding_window": null })), (131_072, None));
+    assert_eq!(positions(json!({})), (4096, Some(4096)));
+    assert_eq!(positions(json!({ "sliding_window": 8 })), (8, Some(8)));
+    let short = json!({ "sliding_window": 4096, "max_position_embeddings": 4096 });
+    assert_eq!(positions(short), (4096, None));
+    // A LLaMA has none, whatever its file says.
+    let llama = parse(with(llama(), json!({ "sliding_window": 8 }))).unwrap().text;
+    assert_eq!((llama.max_positions, llama.sliding_window), (2048, None));
+}
+
+/// What `LlamaConfig` of transformers 5 makes of two sections and two places for the base.
+#[test]
+fn rope_settings_come_from_one_section() {
+    let linear = |factor| RopeScaling::Linear { factor };
+    let cases = [
+        (json!({ "rope_theta": 2e4 }), 2e4, RopeScaling::Default),
+        (
+            json!({ "rope_theta": 2e4, "rope_parameters": null, "rope_scaling": null }),
+            2e4,
+            RopeScaling::Default,
+        ),
+        (json!({ "rope_theta": 2e4, "rope_parameters": {} }), 2e4, RopeScaling::Default),
+        (json!({ "rope_theta": 2e4, "rope_parameters": { "rope_theta": 5e5 } }), 5e5, RopeScaling::Default),
+        (json!({ "rope_scaling": {}, "rope_parameters": { "rope_theta": 5e5 } }), 5e5, RopeScaling::Default),
+        (
+            json!({ "rope_scaling": null, "rope_parameters": { "rope_theta": 5e5 } }),
+            5e5,
+            RopeScaling::Default,
+        ),
+        (json!({ "rope_theta": 2e4, "rope_scaling": { "type": "linear", "factor": 4 } }), 2e4, linear(4.0)),
+        (
+            json!({ "rope_theta": 2e4, "rope_scaling": { "rope_type": "linear", "factor": 4, "rope_theta": 3e4 } }),
+            3e4,
+            linear(4.0),
+        ),
+        // The older name wins, and with it the base beside it.
+        (
+            json!({ "rope_scaling": { "rope_type": "linear", "factor": 4 },
+                    "rope_parameters": { "rope_type": "default", "rope_theta": 5e5 } }),
+            1e4,
+            linear(4.0),
+        ),
+    ];
+    for (change, theta, scaling) in cases {
+        let expected = Rope { theta, scaling };
+        assert_eq!(parse(with(llama(), change.clone())).unwrap().text.rope, expected, "{change}");
+        let nested = with(llava(), json!({ "text_config": change.clone() }));
+        assert_eq!(parse(nested).unwrap().text.rope, expected, "text_config {change}");
+    }
+    let llama3 = json!({ "max_position_embeddings": 777, "rope_scaling": {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0 } });
+    let RopeScaling::Llama3 { original_positions, .. } =
+        parse(with(llama(), llama3)).unwrap().text.rope.scaling
+    else {
+        panic!("llama3");
+    };
+    assert_eq!(original_positions, 777.0);
+    let partial = parse(with(llama(), json!({ "partial_rotary_factor": 0.5 }))).unwrap_err().to_string();
+    assert!(partial.contains("partial_rotary_factor"), "{partial}");
+}
+
 /// Pairs of configs that mean the same.
 #[test]
 fn keys_may_be_spelt_as_in_any_generation() {
@@ -247,8 +313,8 @@ fn a_value_that_cannot_be_used_is_named_with_its_key() {
         ("text_config.vocab_size", text(json!({ "vocab_size": 1u64 << 40 }))),
         ("text_config.max_position_embeddings", text(json!({ "max_position_embeddings": 0 }))),
         ("text_config.rms_norm_eps", text(json!({ "rms_norm_eps": -1e-5 }))),
-        ("text_config.sliding_window", text(json!({ "model_type": "mistral" }))),
-        ("text_config.sliding_window", text(json!({ "model_type": "mistral", "sliding_window": 4096 }))),
+        ("text_config.sliding_window", text(json!({ "model_type": "mistral", "sliding_window": 0 }))),
+        ("text_config.sliding_window", text(json!({ "model_type": "mistral", "sliding_window": "all" }))),
         ("text_config.rope_theta", text(json!({ "rope_theta": 0 }))),
         ("text_config.rope_scaling", rope(json!("linear"))),
         ("rope_scaling.rope_type", rope(json!({ "rope_type": "dynamic", "factor": 2.0 }))),

@@ -14,7 +14,7 @@ use tessera::runtime::{Phase, SessionOptions, Source, Want};
 
 /// Every case, and how many kinds of tensors it compares: a case that compares less than it holds is a
 /// defect of the test.
-const CASES: [(&str, usize); 20] = [
+const CASES: [(&str, usize); 22] = [
     ("a_llava15_new_bf16", 4),
     ("b_llava15_old_f16_sharded", 4),
     ("c_chat_on_a", 1),
@@ -34,6 +34,8 @@ const CASES: [(&str, usize); 20] = [
     ("e2_original_marks", 4),
     ("e3_original_inside", 4),
     ("e4_original_identity", 4),
+    ("e5_original_lora", 4),
+    ("e6_original_anyres", 4),
     ("lora_two", 2),
 ];
 
@@ -41,7 +43,7 @@ fn engine(case: &Case, backend: Arc<dyn Backend>) -> Engine {
     let kv_memory = Some(256 << 20);
     let options = SessionOptions { all_logits: true, kv_memory, max_sequences: 4, ..Default::default() };
     let source = Source::Directory(case.model());
-    let load = LoadOptions { lora: case.lora(), ..LoadOptions::default() };
+    let load = LoadOptions { lora: case.lora(), base: case.base(), ..LoadOptions::default() };
     let model = Model::load_on(backend, &source, &load).unwrap();
     let mut engine = Engine::new(Session::new(Arc::new(model), options).unwrap());
     engine.keep_intermediates = true;

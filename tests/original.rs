@@ -11,8 +11,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 use tessera::Error;
-use tessera::input::image::{ImageMode, Picture};
-use tessera::input::prompt::{ChatTemplate, Message};
+use tessera::input::image::{ImageMode, Merge, Picture};
+use tessera::input::prompt::{ChatTemplate, Message, Original, Prompter};
 use tessera::model::config::{ModelConfig, Reference, SelectStrategy};
 use tessera::model::parts::TowerSearch;
 use tessera::runtime::{Engine, LoadOptions, Model, Request, Sampling, Session, SessionOptions, Source};
@@ -217,9 +217,16 @@ fn conversation_styles_are_as_published() {
     let user = human.replace("curious human", "curious user").replace("human's", "user's");
     let v1 = |system: &str| format!("{system} USER: <image>\nQ1 ASSISTANT: A1</s>USER: Q2 ASSISTANT:");
     let v0 = format!("{human}###Human: <image>\nQ1###Assistant: A1###Human: Q2###Assistant:");
-    let llama_2 = "[INST] <<SYS>>\nYou are a helpful language and vision assistant. You are able to understand the \
-                   visual content that the user provides, and assist the user with a variety of tasks using natural \
-                   language.\n<</SYS>>\n\n<image>\nQ1 [/INST] A1 </s><s>[INST] Q2 [/INST]";
+    let helpful = "You are a helpful language and vision assistant. You are able to understand the visual content that \
+                   the user provides, and assist the user with a variety of tasks using natural language.";
+    let llama_2 =
+        format!("[INST] <<SYS>>\n{helpful}\n<</SYS>>\n\n<image>\nQ1 [/INST] A1 </s><s>[INST] Q2 [/INST]");
+    let s_2 = "[INST] <<SYS>>\nS.\n<</SYS>>\n\n<image>\nQ1 [/INST] A1 </s><s>[INST] Q2 [/INST]";
+    let turn = |role: &str, text: &str| format!("<|start_header_id|>{role}<|end_header_id|>\n\n{text}");
+    let llama_3 = |system: &str| {
+        let turns = [("system", system), ("user", "<image>\nQ1"), ("assistant", "A1"), ("user", "Q2")];
+        turns.map(|(role, text)| turn(role, text) + "<|eot_id|>").concat() + &turn("assistant", "")
+    };
     let mistral = "[INST] <image>\nQ1 [/INST] A1 </s>[INST] Q2 [/INST]";
     let chatml = |system: &str| {
         format!(
@@ -241,12 +248,13 @@ fn conversation_styles_are_as_published() {
         ("v1", v1(&user), v1("S.")),
         ("vicuna_v1", v1(&user), v1("S.")),
         ("llava_v0", v0.clone(), v0.replace(human, "S.")),
-        ("v0", v0.clone(), v0.replace(human, "S.")),
         (
-            "llava_llama_2",
-            llama_2.into(),
-            "[INST] <<SYS>>\nS.\n<</SYS>>\n\n<image>\nQ1 [/INST] A1 </s><s>[INST] Q2 [/INST]".into(),
+            "llama_2",
+            llama_2.replace(helpful, include_str!("../src/input/prompt/styles/llama_2.txt")),
+            s_2.into(),
         ),
+        ("llava_llama_2", llama_2.clone(), s_2.into()),
+        ("llava_llama_3", llama_3(helpful), llama_3("S.")),
         (
             "mistral_instruct",
             mistral.into(),
@@ -255,7 +263,7 @@ fn conversation_styles_are_as_published() {
         ("chatml_direct", chatml("Answer the questions."), chatml("S.")),
         ("chatml", chatml("Answer the questions."), chatml("S.")),
         ("mpt", chatml(mpt), chatml("S.")),
-        ("plain", "<image>Q1A1\nQ2".into(), "S.<image>Q1A1\nQ2".into()),
+        ("plain", "<image>\nQ1\nA1\nQ2\n".into(), "S.\n<image>\nQ1\nA1\nQ2\n".into()),
     ];
     for (name, expected, expected_with_system) in cases {
         let template = ChatTemplate::named(name, &checkpoint).unwrap();
@@ -271,6 +279,23 @@ fn conversation_styles_are_as_published() {
             !name.contains("v1") && !name.contains('2') && !name.contains("mistral")
         );
     }
+    // The only style with turns of its own.
+    for name in ["v0", "default"] {
+        let text = ChatTemplate::named(name, &checkpoint).unwrap().render(&turns, "<image>").unwrap().text;
+        let begin = format!(
+            "{human}###Human: What are the key differences between renewable and non-renewable energy"
+        );
+        assert!(
+            text.starts_with(&begin)
+                && text.contains("instability.\n###Human: <image>\nQ1###Assistant: A1###")
+        );
+    }
+    let error = ChatTemplate::named("vicuna_v2", &checkpoint).err().unwrap().to_string();
+    for part in
+        ["vicuna_v2", "vicuna_v1", "llava_v0", "llava_llama_3", "chatml_direct", "plain", "Jinja file"]
+    {
+        assert!(error.contains(part), "{part}: {error}");
+    }
     let strange = [Message::text("tool", "x")];
     let error = ChatTemplate::named("v1", &checkpoint).unwrap().render(&strange, "<image>").unwrap_err();
     assert!(error.to_string().contains("the roles are"), "{error}");
@@ -282,8 +307,9 @@ fn conversation_styles_are_as_published() {
         ("LLaVA-v1.5-7B", "llava_v1"),
         ("LLaVA-MPT-7B", "mpt"),
         ("LLaVA-7b-v0", "llava_v0"),
+        ("llama3-llava-next-8b", "llava_llama_3"),
     ] {
-        assert_eq!(ChatTemplate::of_original(model, &checkpoint).unwrap().name(), style, "{model}");
+        assert_eq!(ChatTemplate::of_original(&[model], &checkpoint).unwrap().name(), style, "{model}");
     }
 }
 
@@ -403,13 +429,39 @@ fn rules_follow_the_layout_and_the_option() {
         let transformers = reference == Reference::Transformers;
         let decoding = model.decode_options();
         assert_eq!((decoding.exif_orientation, decoding.whiten_transparent), (transformers, transformers));
-        assert_eq!(model.penalises_prompt(), transformers);
+        assert_eq!(model.rules().penalises_prompt(), transformers);
         assert_eq!(model.preprocess().unwrap().mode == ImageMode::Pad, pads);
-        assert_eq!(model.prompter().cuts_at_pictures(), !(transformers && case == hub.0));
+        assert_eq!(model.prompter().cuts_at_pictures(), !transformers);
         // A picture on its side: only one of the two turns it.
         let turned = fs::read(folder().join(LINEAR).join("images/wide.png")).unwrap();
         let image = engine.image("wide.png", &turned).unwrap();
         assert_eq!((image.width, image.height), if transformers { (25, 44) } else { (44, 25) });
+    }
+    // Tiles: the sides of each pinpoint change places, and 20x13 lies on another canvas.
+    for (case, model, own) in
+        [("e6_original_anyres", "llava-v1.6-tiny", (28, 56)), ("next_mistral", "model", (56, 28))]
+    {
+        for reference in [None, Some(Reference::Original), Some(Reference::Transformers)] {
+            let engine = engine(case, model, LoadOptions { reference, ..LoadOptions::default() });
+            let config = ModelConfig::load(&folder().join(case).join(model).into()).unwrap();
+            let model = engine.model();
+            let turned = reference.is_some_and(|reference| reference != config.reference);
+            let tiling = model.config().tiling.as_ref().unwrap();
+            let expected = if turned { (own.1, own.0) } else { own };
+            assert_eq!(tiling.resolutions()[0], expected, "{case} {reference:?}");
+            let rounded = Merge::SpatialUnpad { rounded: model.rules().reference == Reference::Transformers };
+            assert_eq!(tiling.merge(), rounded, "{case} {reference:?}");
+            let lines = model.rules().lines(Some(tiling));
+            let order = if rounded == (Merge::SpatialUnpad { rounded: true }) {
+                "(height, width)"
+            } else {
+                "(width, height)"
+            };
+            assert!(
+                lines.iter().any(|(rule, text)| rule.contains("pinpoints") && text.contains(order)),
+                "{lines:?}"
+            );
+        }
     }
     let overridden = LoadOptions { image_mode: Some(ImageMode::Crop), ..LoadOptions::default() };
     assert_eq!(
@@ -482,4 +534,167 @@ fn a_style_ends_an_answer() {
     let engine = engine("j_llama_chatml_f32", "model", options);
     assert_eq!(engine.model().prompter().stop_words(), None);
     assert_eq!(engine.model().eos_token_ids(), [2], "its <|im_end|>, once");
+}
+
+/// Prompts of every style, and their ids, against the slow tokenizer that the original code loads: see
+/// `tests/data/make_original_ids.py`.
+#[test]
+fn ids_are_those_of_the_original_code() {
+    let file = fs::read(folder().join("original_ids.json")).unwrap();
+    let expected: Value = serde_json::from_slice(&file).unwrap();
+    let turn = |at: usize| expected["turns"][at].as_str().unwrap();
+    let turns = [
+        Message::prompt(turn(0), 1).unwrap(),
+        Message::text("assistant", turn(1)),
+        Message::prompt(turn(2), 0).unwrap(),
+    ];
+    let mut compared = 0;
+    for case in expected["tokenizers"].as_array().unwrap() {
+        let dir = tempfile::tempdir().unwrap();
+        let from = folder().join("sentencepiece").join(case["folder"].as_str().unwrap());
+        // A tokenizer.json beside the model is not what the original code looks at.
+        for file in ["tokenizer.model", "special_tokens_map.json", "tokenizer.json"] {
+            fs::write(dir.path().join(file), fs::read(from.join(file)).unwrap()).unwrap();
+        }
+        let mut config: Value =
+            serde_json::from_slice(&fs::read(from.join("tokenizer_config.json")).unwrap()).unwrap();
+        config.as_object_mut().unwrap().extend(case["changes"].as_object().unwrap().clone());
+        fs::write(dir.path().join("tokenizer_config.json"), config.to_string()).unwrap();
+        let picture_tokens: &'static [&'static str] =
+            if case["marks"] == json!([]) { &[] } else { &["<im_patch>", "<im_start>", "<im_end>"] };
+        let original = Original { names: vec!["llava-v1.5-7b".into()], picture_tokens, whole: false };
+        let load = || Prompter::load_original(&dir.path().into(), 512, &original).unwrap();
+        let prompter = load();
+        let prompts = case["prompts"].as_array().unwrap();
+        let ids = |prompt: &str| -> Vec<i64> {
+            let pair = prompts.iter().find(|pair| pair[0] == prompt).unwrap();
+            serde_json::from_value(pair[1].clone()).unwrap()
+        };
+        let marked = |prompt: tessera::input::prompt::Prompt| -> Vec<i64> {
+            let mut ids: Vec<i64> = prompt.ids.into_iter().map(i64::from).collect();
+            prompt.images.iter().for_each(|span| ids[span.start] = -200);
+            ids
+        };
+        for pair in prompts {
+            let prompt = pair[0].as_str().unwrap();
+            let pictures = vec![1; prompt.matches("<image>").count()];
+            let found = marked(prompter.raw(prompt, &pictures).unwrap());
+            assert_eq!(found, ids(prompt), "{} {} {prompt:?}", case["folder"], case["changes"]);
+            compared += 1;
+        }
+        for (style, prompt) in
+            expected["styles"].as_object().unwrap().iter().filter(|_| picture_tokens.is_empty())
+        {
+            let prompter = load().with_template(ChatTemplate::named(style, &dir.path().into()).unwrap());
+            assert_eq!(prompter.render(&turns).unwrap().text, prompt.as_str().unwrap(), "{style}");
+            let found = marked(prompter.conversation(&turns, &[1]).unwrap());
+            assert_eq!(
+                found,
+                ids(prompt.as_str().unwrap()),
+                "{} {} {style}",
+                case["folder"],
+                case["changes"]
+            );
+            compared += 1;
+        }
+    }
+    assert!(compared > 400, "{compared}");
+}
+
+/// A folder may be given by a symbolic link, and may be one: the name as given tells the style, or else the name of
+/// what it leads to.
+#[cfg(unix)]
+#[test]
+fn a_link_tells_the_style_and_the_tower() {
+    use std::os::unix::fs::symlink;
+    for (real, link, style) in [
+        ("blobs/0123", "llava-v1.5-7b", "llava_v1"),
+        ("llava-v1.5-7b", "current", "llava_v1"),
+        ("llava-v1.5-7b", "my-mistral", "mistral_instruct"),
+        ("blobs/0123", "current", "llava_v0"),
+    ] {
+        for tower in ["real", "link"] {
+            // The tower stands beside what is given, or beside where that leads.
+            let (dir, path) = placed(LINEAR, &format!("real/{real}"), None);
+            let beside = if tower == "real" { path.parent().unwrap() } else { &dir.path().join("link") };
+            fs::create_dir_all(dir.path().join("link")).unwrap();
+            symlink(&path, dir.path().join("link").join(link)).unwrap();
+            symlink(folder().join(LINEAR).join("vision_tower"), beside.join("vision_tower")).unwrap();
+            let source = Source::Directory(dir.path().join("link").join(link));
+            let model =
+                Model::load(&source, &LoadOptions { threads: Some(1), ..LoadOptions::default() }).unwrap();
+            assert_eq!(model.prompter().template().name(), style, "{real} by {link}");
+            assert!(model.tower_folder().unwrap().path("").ends_with("vision_tower"), "{tower}");
+        }
+    }
+}
+
+/// The tower of `tower_folder` is the one whose weights run: none, if the checkpoint has its own.
+#[test]
+fn a_tower_inside_is_told_from_one_beside() {
+    for (case, model, beside) in
+        [(LINEAR, "llava-v1.5-tiny", true), ("e3_original_inside", "llava-mistral-tiny", false)]
+    {
+        assert!(folder().join(case).join("vision_tower").is_dir());
+        let engine = engine(case, model, LoadOptions::default());
+        assert_eq!(engine.model().tower_folder().is_some(), beside, "{case}");
+    }
+}
+
+/// What LLaVA's LoRA training leaves, over the bare language model, given either way round; that its numbers are right
+/// is told in `golden.rs`.
+#[test]
+fn an_adapter_makes_a_llava_of_a_bare_language_model() {
+    let case = folder().join("e5_original_lora");
+    let (bare, adapter) = (case.join("vicuna-tiny"), case.join("llava-v1.5-tiny-lora"));
+    let lora = |scale| tessera::model::lora::Lora { dir: adapter.clone(), scale };
+    let load = |model: &Path, options: LoadOptions| {
+        let options = LoadOptions { threads: Some(1), ..options };
+        Model::load(&Source::Directory(model.into()), &options)
+    };
+    let answer = |model: Model| {
+        let mut engine = Engine::new(Session::new(model.into(), SessionOptions::default()).unwrap());
+        let image = engine.image("wide.png", &fs::read(case.join("images/wide.png")).unwrap()).unwrap();
+        let request = Request {
+            max_tokens: Some(12),
+            logprobs: Some(0),
+            ..Request::ask("What is it?", &[image]).unwrap()
+        };
+        let answer = engine.generate(&request, |_| {}).unwrap();
+        answer.logprobs.iter().map(|token| (token.id, token.logprob.to_bits())).collect::<Vec<_>>()
+    };
+    let from_adapter =
+        load(&adapter, LoadOptions { base: Some(bare.clone()), ..LoadOptions::default() }).unwrap();
+    let from_base = load(&bare, LoadOptions { lora: vec![lora(1.0)], ..LoadOptions::default() }).unwrap();
+    for model in [&from_adapter, &from_base] {
+        assert_eq!(model.prompter().template().name(), "llava_v1");
+        assert_eq!(model.preprocess().unwrap().mode, ImageMode::Pad);
+        assert_eq!(model.weights().adapters().len(), 1);
+    }
+    let expected = answer(from_adapter);
+    assert_eq!(answer(from_base), expected);
+    let none = load(&bare, LoadOptions { lora: vec![lora(0.0)], ..LoadOptions::default() }).unwrap();
+    assert_ne!(answer(none), expected, "the pairs do something");
+    // A projector alone, as the first stage of training leaves it.
+    let stage = tempfile::tempdir().unwrap();
+    fs::copy(adapter.join("config.json"), stage.path().join("config.json")).unwrap();
+    fs::copy(adapter.join("non_lora_trainables.bin"), stage.path().join("mm_projector.bin")).unwrap();
+    let tower = TowerSearch { given: Some(case.join("vision_tower")), hub_cache: None };
+    let over =
+        |base: &Path| LoadOptions { base: Some(base.into()), tower: tower.clone(), ..LoadOptions::default() };
+    let projector = load(stage.path(), over(&bare)).unwrap();
+    let lora_0 = load(&bare, LoadOptions { lora: vec![lora(0.0)], ..LoadOptions::default() }).unwrap();
+    assert_eq!(
+        projector.weights().tensor("projector.linear_2.bias", &[32]).unwrap().bytes.as_bytes(),
+        lora_0.weights().tensor("projector.linear_2.bias", &[32]).unwrap().bytes.as_bytes()
+    );
+    let error = |model: &Path, options| load(model, options).err().unwrap().to_string();
+    for (found, parts) in [
+        (error(&adapter, LoadOptions::default()), &["lmsys/vicuna-7b-v1.5", "--base"][..]),
+        (error(&bare, over(&bare)), &["--base", "weights of its own", "--lora"]),
+        (error(&case.join("images"), over(&bare)), &["adapter_config.json", "mm_projector.bin"]),
+        (error(&adapter, over(&case.join("nowhere"))), &["nowhere"]),
+    ] {
+        assert!(parts.iter().all(|part| found.contains(part)), "{found}");
+    }
 }

@@ -5,7 +5,7 @@ use crate::backend::cpu::usable_memory;
 use crate::error::{Error, Result};
 use crate::graph::{Graph, Plan};
 use crate::input::image::{ImageMode, Merge, Tiling};
-use crate::model::config::{ModelConfig, Pooling, ProjectorConfig, Reference, SelectStrategy, VisionConfig};
+use crate::model::config::{ModelConfig, Pooling, ProjectorConfig, SelectStrategy, VisionConfig};
 use crate::model::lora::Adapter;
 use crate::model::names::Layout;
 use crate::model::weights::{TensorInfo, Weights};
@@ -151,8 +151,11 @@ fn nodes(graph: &Graph, plan: &Plan, bindings: &Bindings, kv: KvExtent) -> Strin
 /// The model card.
 fn card(model: &Model, session: &SessionPlan) -> String {
     let (config, plan) = (model.config(), &session.memory);
-    let mut lines: Vec<(&str, String)> =
-        vec![("model", model.name().into()), ("layout", model.weights().layout().to_string())];
+    let mut lines: Vec<(&str, String)> = vec![
+        ("model", model.name().into()),
+        ("family", config.family.to_string()),
+        ("layout", model.weights().layout().to_string()),
+    ];
     lines.extend(vision_lines(model, config));
     let t = &config.text;
     let bias = match (t.attention_bias, t.mlp_bias) {
@@ -172,10 +175,11 @@ fn card(model: &Model, session: &SessionPlan) -> String {
             t.head_dim,
             t.intermediate_size,
             t.vocab_size,
-            if t.tie_word_embeddings { " (tied)" } else { "" },
+            if t.tie_word_embeddings && !model.weights().contains("lm.head.weight") { " (tied)" } else { "" },
         ),
     ));
-    lines.push(("positions", format!("{}, {}", t.max_positions, t.rope)));
+    let window = if t.sliding_window.is_some() { " (the sliding window)" } else { "" };
+    lines.push(("positions", format!("{}{window}, {}", t.max_positions, t.rope)));
     lines.push(("end of text", format!("{:?}", model.eos_token_ids())));
     lines.push(("chat template", model.prompter().template().name().into()));
     lines.extend(adapter_lines(model.weights()));
@@ -318,15 +322,19 @@ fn vision_lines(model: &Model, config: &ModelConfig) -> Vec<(&'static str, Strin
         }
         None => format!("{} tokens a picture", config.square_rows()),
     };
-    let apart =
-        model.tower_folder().map_or(String::new(), |folder| format!(" of {}", folder.path("").display()));
-    vec![
+    let apart = match model.tower_folder() {
+        Some(folder) => format!(" of {}", folder.path("").display()),
+        None => " inside the checkpoint".into(),
+    };
+    let mut lines = vec![
         ("vision tower", tower_line(v, &apart, blocks)),
         ("image features", format!("hidden state {}, {rows}: {tokens}", layers.join(" and "))),
         ("projector", projector_line(p)),
-        ("rules", reference_line(model)),
         ("image mode", mode),
-    ]
+    ];
+    let rules = model.rules().lines(config.tiling.as_ref());
+    lines.extend(rules.into_iter().map(|(rule, text)| (rule, text.into())));
+    lines
 }
 
 /// The canvases of a LLaVA-NeXT, and what becomes of their rows.
@@ -348,20 +356,6 @@ fn projector_line(projector: &ProjectorConfig) -> String {
         1 => format!("{}, linear", widths.join(" -> ")),
         _ => format!("{}, exact GELU", widths.join(" -> ")),
     }
-}
-
-/// What is done where transformers and the original code differ.
-fn reference_line(model: &Model) -> String {
-    let whose = match model.reference() {
-        Reference::Transformers => "transformers",
-        Reference::Original => "original LLaVA",
-    };
-    let exif = if model.decode_options().exif_orientation { "applied" } else { "ignored" };
-    let text = if model.prompter().cuts_at_pictures() { "piece by piece" } else { "as a whole" };
-    let penalty = if model.penalises_prompt() { "prompt and answer" } else { "the answer" };
-    format!(
-        "{whose}: EXIF rotation {exif}, text beside a picture tokenised {text}, repetition penalty counts {penalty}"
-    )
 }
 
 fn tower_line(v: &VisionConfig, apart: &str, blocks: usize) -> String {

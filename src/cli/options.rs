@@ -18,6 +18,9 @@ pub struct ModelArgs {
     /// `demo` (built in), a checkpoint directory, or `preset:NAME` (random weights)
     #[arg(long, default_value = "demo")]
     pub model: String,
+    /// The model that an adapter or a projector given as --model was trained over
+    #[arg(long, value_name = "DIR")]
+    pub base: Option<PathBuf>,
     /// An adapter (peft) laid over the model, with a factor for its effect; may be given several times
     #[arg(long, value_name = "DIR[:SCALE]", value_parser = parse_lora)]
     pub lora: Vec<Lora>,
@@ -30,8 +33,8 @@ pub struct ModelArgs {
     /// Map weight files, or read them (for files that may change meanwhile)
     #[arg(long, value_enum, default_value_t = Load::Mmap)]
     pub load_mode: Load,
-    /// A conversation style (vicuna, v1, llava_v1, llava_v0, llava_llama_2, mistral_instruct, chatml_direct,
-    /// mpt, plain) or a Jinja file, instead of the checkpoint's
+    /// A conversation style (vicuna; llava_v0, llava_v1, vicuna_v1, llava_llama_2, llava_llama_3, mistral_instruct,
+    /// chatml_direct, plain and others of the original's names) or a Jinja file, instead of the checkpoint's
     #[arg(long, value_name = "NAME|FILE")]
     pub template: Option<String>,
     #[command(flatten)]
@@ -53,8 +56,8 @@ pub struct PictureArgs {
     /// The vision tower of an original LLaVA [default: found beside the model or in the Hugging Face cache]
     #[arg(long, value_name = "DIR")]
     pub vision_tower: Option<PathBuf>,
-    /// Whose rules hold where programs differ: EXIF, pad or crop, text beside pictures, what a repetition
-    /// penalty counts [auto: those the checkpoint was made for]
+    /// Whose rules hold where programs differ: EXIF, pad or crop, the order of pinpoints, text beside pictures, what
+    /// a repetition penalty counts [auto: those the checkpoint was made for]
     #[arg(long, value_enum, default_value_t = Rules::Auto)]
     pub reference: Rules,
 }
@@ -121,7 +124,8 @@ pub enum Mode {
 pub enum Rules {
     /// As the checkpoint's layout says.
     Auto,
-    /// Hugging Face's.
+    /// Those of Hugging Face's transformers.
+    #[value(name = "hf", alias = "transformers")]
     Transformers,
     /// Those of the code LLaVA was published with.
     Original,
@@ -169,6 +173,7 @@ impl ModelArgs {
         let source = Source::parse(&self.model)?;
         let options = LoadOptions {
             load_mode: self.load_mode.into(),
+            base: self.base.clone(),
             lora: self.lora.clone(),
             device: DeviceOptions {
                 device: self.device,

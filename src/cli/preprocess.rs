@@ -4,7 +4,7 @@ use super::dump::Dump;
 use super::options::PictureArgs;
 use crate::error::Result;
 use crate::input::image::{self, pixels_sha256};
-use crate::runtime::{LoadOptions, Source, model};
+use crate::runtime::{LoadOptions, Source, pictures};
 use clap::Args;
 use serde_json::json;
 use std::path::PathBuf;
@@ -31,7 +31,7 @@ pub struct Preprocess {
 impl Preprocess {
     pub fn run(self) -> Result<()> {
         let options = self.pictures.apply(LoadOptions::default());
-        let (decode, processor, config) = model::load_preprocess(&Source::parse(&self.model)?, &options)?;
+        let (decode, processor, config) = pictures::load_preprocess(&Source::parse(&self.model)?, &options)?;
         let (side, tiled) = (processor.side(), config.tiling.is_some());
         let out = self.out.as_deref().map(Dump::create).transpose()?;
         let mut all = Vec::new();

@@ -45,6 +45,24 @@ pub fn states(layers: usize) -> usize {
     1 + 2 * layers
 }
 
+/// The canonical names of the embedding and the head. With `tie_word_embeddings` one may stand for the other; where
+/// files have both, both count, as in transformers.
+fn ends(config: &TextConfig, weights: &Weights) -> Result<(&'static str, &'static str)> {
+    const NAMES: [&str; 2] = ["lm.embed_tokens", "lm.head"];
+    let [embedding, head] = NAMES.map(|name| weights.contains(&format!("{name}.weight")).then_some(name));
+    match (embedding, head) {
+        (embedding, head) if config.tie_word_embeddings => {
+            Ok((embedding.or(head).unwrap_or(NAMES[0]), head.unwrap_or(NAMES[0])))
+        }
+        (Some(_), None) => {
+            let wanted = weights.layout().spell("lm.head.weight");
+            let expected = "an output matrix, since config.json does not say `tie_word_embeddings`: true";
+            Err(weights.missing(&wanted, &wanted, expected))
+        }
+        _ => Ok((NAMES[0], NAMES[1])),
+    }
+}
+
 /// Builds the language model.
 ///
 /// # Errors
@@ -65,7 +83,8 @@ pub fn build(b: &mut GraphBuilder<'_>, config: &TextConfig, weights: &Weights) -
     let rope = b.state("rope".into(), TensorType::f32(Rows::Context, config.head_dim));
 
     let step = Step { positions, slots, table_starts, tables, select, rope };
-    let table = weights.matrix("lm.embed_tokens.weight", vocab, width)?;
+    let (embedding, head) = ends(config, weights)?;
+    let table = weights.matrix(&format!("{embedding}.weight"), vocab, width)?;
     let mut x = b.push("embed", Op::EmbedRows, &[ids, sources, image_rows], &[table])?;
     for layer in 0..config.num_layers {
         x = block(b, config, layer, weights, &step, x)?;
@@ -74,7 +93,6 @@ pub fn build(b: &mut GraphBuilder<'_>, config: &TextConfig, weights: &Weights) -
     b.scope("");
     let norm = Op::RmsNorm { eps: config.rms_norm_eps };
     let x = b.push("norm", norm, &[x], &[weights.vector("lm.norm.weight", width)?])?;
-    let head = if config.tie_word_embeddings { "lm.embed_tokens" } else { "lm.head" };
     let wide = Op::Linear { act: Activation::None, bias: false, residual: false, wide: true, pairs: vec![] };
     let logits = linear(b, weights, "lm_head", wide, &[x], &[(head.into(), vocab, width)])?;
     b.keep(logits);

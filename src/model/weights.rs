@@ -5,6 +5,7 @@ use super::checkpoint::LoadMode;
 use super::lora::{Adapter, Lora, LowRank, MAX_ADAPTERS};
 use super::names::{self, Layout};
 use crate::error::{Error, Result};
+use crate::folder::Folder;
 use crate::tensor::{DType, Storage, Weight, WeightBytes};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -132,14 +133,25 @@ impl Weights {
         self.canonical.keys().any(|name| name.starts_with(part))
     }
 
-    /// These tensors, and those of `other` whose canonical names begin with `part`.
+    /// Whether tensors whose canonical names begin with `part` are in files of `folder`.
+    pub fn comes_from(&self, part: &str, folder: &Folder) -> bool {
+        let inside = |&index: &usize| {
+            let file = self.file(self.tensors[index].file);
+            file.parent() == folder.path("x").parent()
+        };
+        self.canonical.iter().any(|(name, index)| name.starts_with(part) && inside(index))
+    }
+
+    /// These tensors, and those of `other` whose canonical names begin with one of `parts`.
     ///
     /// # Errors
     /// [`Error::Checkpoint`] if both have one of them.
-    pub fn with_part(self, part: &str, other: Weights) -> Result<Weights> {
+    pub fn with_part(self, parts: &[&str], other: Weights) -> Result<Weights> {
         let (mut sources, mut tensors) = (self.sources, self.tensors);
-        let taken =
-            |tensor: &TensorInfo| names::canonical(&tensor.name).is_some_and(|name| name.starts_with(part));
+        let taken = |tensor: &TensorInfo| {
+            let name = names::canonical(&tensor.name);
+            name.is_some_and(|name| parts.iter().any(|part| name.starts_with(part)))
+        };
         let first = sources.len();
         let more = other.tensors.into_iter().filter(taken);
         tensors.extend(more.map(|tensor| TensorInfo { file: tensor.file + first, ..tensor }));

@@ -16,7 +16,8 @@
 //! # }
 //! ```
 
-use super::model::{LoadOptions, Source, preprocess_for};
+use super::model::{LoadOptions, Source};
+use super::pictures::processor_in;
 use super::session::non_finite;
 use crate::backend::Backend;
 use crate::error::{Error, Result};
@@ -96,7 +97,7 @@ impl Clip {
                 let build = |b: &mut GraphBuilder<'_>| {
                     clip::image_encoder(b, vision, config.projection_dim, &weights)
                 };
-                Some((preprocess_for([&folder], vision.image_size, None)?, Tower::new(&backend, build)?))
+                Some((processor_in([&folder], vision.image_size)?, Tower::new(&backend, build)?))
             }
         };
         let text = match &config.text {

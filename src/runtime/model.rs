@@ -1,16 +1,18 @@
 //! A model: what a checkpoint says and holds, ready to be run by any number of sessions.
 
 use super::device::DeviceOptions;
+use super::pictures;
+use super::rules::Rules;
 use crate::backend::cpu::usable_memory;
 use crate::backend::{Backend, Ceilings};
 use crate::error::{Error, Result};
 use crate::folder::Folder;
 use crate::graph::Graph;
-use crate::input::image::{DecodeOptions, ImageMode, Picture, Preprocess, Tiling, decode};
-use crate::input::prompt::{ChatTemplate, Prompter};
+use crate::input::image::{DecodeOptions, ImageMode, Picture, Preprocess, decode};
+use crate::input::prompt::{ChatTemplate, Original, Prompter};
 use crate::model::checkpoint::LoadMode;
-use crate::model::config::{ClipConfig, GenerationConfig, ModelConfig, Reference, check_processor_tiling};
-use crate::model::json::{self, Section};
+use crate::model::config::{ClipConfig, GenerationConfig, ModelConfig, Reference};
+use crate::model::json;
 use crate::model::llama::Llama;
 use crate::model::llava::{self, Language, Vision};
 use crate::model::lora::Lora;
@@ -69,6 +71,12 @@ impl Source {
         }
     }
 
+    /// The folders of the model, and its adapters.
+    pub(super) fn parts(&self, options: &LoadOptions) -> Result<Parts> {
+        let base = options.base.as_deref();
+        Parts::find(&self.existing_folder()?, base, &options.lora, &options.tower)
+    }
+
     /// Whether this is a CLIP by itself, as far as its `config.json` says: a model for
     /// [`Clip`](super::Clip), not for [`Model`].
     ///
@@ -77,6 +85,8 @@ impl Source {
     pub fn is_clip(&self) -> Result<bool> {
         match self {
             Source::Demo | Source::Preset(_) => Ok(false),
+            // An adapter has no configuration of its own but LLaVA's.
+            Source::Directory(dir) if dir.join("adapter_config.json").is_file() => Ok(false),
             Source::Directory(_) => {
                 Ok(ClipConfig::is_clip(&json::read_object(&self.existing_folder()?, "config.json")?))
             }
@@ -115,6 +125,8 @@ pub struct LoadOptions {
     pub device: DeviceOptions,
     /// Threads of the CPU backend; `None` takes one for each core.
     pub threads: Option<usize>,
+    /// The language model's folder, if the source is an adapter or a projector that was trained over it.
+    pub base: Option<PathBuf>,
     /// Where the vision tower of an original LLaVA is.
     pub tower: TowerSearch,
     /// A chat template by name or file, instead of the checkpoint's own.
@@ -133,7 +145,8 @@ pub struct LoadOptions {
     pub preset_values: bool,
     /// The seed of a preset's weights.
     pub preset_seed: u64,
-    /// Adapters that are laid beside the weights; several add up.
+    /// Adapters that are laid beside the weights; several add up. One that LLaVA's own training left makes a LLaVA
+    /// of a bare language model.
     pub lora: Vec<Lora>,
     /// Told how many bytes of a preset's weights are made, and how many there will be.
     pub progress: Option<Progress>,
@@ -155,6 +168,7 @@ impl Default for LoadOptions {
             load_mode: LoadMode::Mmap,
             device: DeviceOptions::default(),
             threads: None,
+            base: None,
             tower: TowerSearch::default(),
             template: None,
             image_mode: None,
@@ -176,7 +190,7 @@ pub struct Model {
     prompter: Prompter,
     preprocess: Option<Preprocess>,
     weights: Weights,
-    reference: Reference,
+    rules: Rules,
     tower: Option<Folder>,
     backend: Arc<dyn Backend>,
     vision: Option<Vision>,
@@ -199,8 +213,8 @@ impl Model {
     /// # Errors
     /// As for [`load`](Model::load).
     pub fn load_on(backend: Arc<dyn Backend>, source: &Source, options: &LoadOptions) -> Result<Self> {
-        let parts = Parts::find(&source.existing_folder()?, &options.tower)?;
-        let (mut config, mut generation, mut weights) = match source {
+        let parts = source.parts(options)?;
+        let (config, mut generation, mut weights) = match source {
             Source::Preset(preset) => {
                 let config = preset.config(options.preset_dtype)?;
                 let eos_token_ids = config.text.eos_token_ids.clone();
@@ -209,24 +223,25 @@ impl Model {
             }
             Source::Demo | Source::Directory(_) => {
                 let config = parts.config()?;
-                let generation = GenerationConfig::load(parts.folder(), &config.text)?;
+                let generation = GenerationConfig::load(parts.base(), &config.text)?;
                 (config, generation, parts.weights(options.load_mode)?)
             }
         };
-        weights.adapt_all(&options.lora, options.load_mode)?;
+        let tower = parts.tower().filter(|folder| weights.comes_from("vision.", folder)).cloned();
+        weights.adapt_all(parts.adapters(), options.load_mode)?;
         check_fit(&*backend, source, &weights)?;
-        leave_tiles_out(&mut config, options.image_mode);
+        let (config, rules) = pictures::settle(source, &parts, config, options)?;
         let vision = llava::vision(&*backend, &config, &weights)?;
         let language = llava::language(&*backend, &config, &weights)?;
-        let preprocess = preprocess_of(source, &parts, &config, options)?;
-        let prompter = prompter_of(&parts, &config, options)?;
+        let preprocess = pictures::preprocess(source, &parts, &config, &rules, options.image_mode)?;
+        let prompter = prompter_of(&parts, &config, &rules, options)?;
         if let Some(stop) = prompter.stop_token().filter(|stop| !generation.eos_token_ids.contains(stop)) {
             generation.eos_token_ids.push(stop);
         }
         Ok(Model {
             name: source.to_string(),
-            reference: options.reference.unwrap_or(config.reference),
-            tower: parts.tower().cloned(),
+            rules,
+            tower,
             config,
             generation,
             prompter,
@@ -277,23 +292,17 @@ impl Model {
         decode(name, bytes, &self.decode_options())
     }
 
-    /// Whose code this model agrees with where transformers and the original LLaVA differ.
-    pub fn reference(&self) -> Reference {
-        self.reference
+    /// What is done where transformers and the original LLaVA differ.
+    pub fn rules(&self) -> &Rules {
+        &self.rules
     }
 
     /// How the bytes of a picture are read.
     pub fn decode_options(&self) -> DecodeOptions {
-        decode_options(self.reference)
+        self.rules.decode_options()
     }
 
-    /// Whether a repetition penalty counts the ids of the prompt, as in transformers. The original gives its
-    /// prompt as embeddings, so that only ids of the answer are seen.
-    pub fn penalises_prompt(&self) -> bool {
-        self.reference == Reference::Transformers
-    }
-
-    /// The folder of the vision tower, if it is apart from the model's.
+    /// The folder that the vision tower's weights come from, if it is another than the model's.
     pub fn tower_folder(&self) -> Option<&Folder> {
         self.tower.as_ref()
     }
@@ -360,35 +369,38 @@ fn preset_weights(preset: &Preset, options: &LoadOptions) -> Result<Weights> {
 }
 
 /// Tokenizer and template, as the checkpoint or the options have it.
-fn prompter_of(parts: &Parts, config: &ModelConfig, options: &LoadOptions) -> Result<Prompter> {
-    let (folder, vocab) = (parts.folder(), config.text.vocab_size);
-    let mut prompter = match config.reference {
-        Reference::Transformers => Prompter::load(folder, vocab, config.image_token_id)?,
-        Reference::Original => Prompter::load_original(folder, vocab, &parts.name(), config.picture_tokens)?,
+fn prompter_of(
+    parts: &Parts,
+    config: &ModelConfig,
+    rules: &Rules,
+    options: &LoadOptions,
+) -> Result<Prompter> {
+    let (folder, vocab) = (parts.base(), config.text.vocab_size);
+    let prompter = match config.reference {
+        Reference::Transformers => {
+            let prompter = Prompter::load(folder, vocab, config.image_token_id)?;
+            if rules.cuts_text() { prompter.cut_at_pictures() } else { prompter }
+        }
+        Reference::Original => {
+            let original = Original {
+                names: parts.names(),
+                picture_tokens: config.picture_tokens,
+                whole: !rules.cuts_text(),
+            };
+            Prompter::load_original(folder, vocab, &original)?
+        }
     };
-    if options.reference == Some(Reference::Original) {
-        prompter = prompter.cut_at_pictures();
-    }
     Ok(match &options.template {
         Some(template) => prompter.with_template(ChatTemplate::named(template, folder)?),
         None => prompter,
     })
 }
 
-/// How the bytes of a picture are read by the code that is agreed with: transformers turns it upright and
-/// paints a transparent colour white, the original does neither.
-fn decode_options(reference: Reference) -> DecodeOptions {
-    let transformers = reference == Reference::Transformers;
-    DecodeOptions { exif_orientation: transformers, whiten_transparent: transformers }
-}
-
 /// The dtype that a model's weights are in, as far as it says.
 fn stored_dtype(source: &Source, options: &LoadOptions) -> Result<Option<DType>> {
     match source {
         Source::Preset(_) => Ok(Some(options.preset_dtype)),
-        Source::Demo | Source::Directory(_) => {
-            Ok(Parts::find(&source.existing_folder()?, &options.tower)?.config()?.dtype)
-        }
+        Source::Demo | Source::Directory(_) => Ok(source.parts(options)?.config()?.dtype),
     }
 }
 
@@ -405,93 +417,4 @@ fn check_fit(backend: &dyn Backend, source: &Source, weights: &Weights) -> Resul
         return Err(Error::Memory { what, needed, available, remedy });
     }
     Ok(())
-}
-
-/// How the bytes of pictures are read and become pixels for a model that is not loaded, and its configuration:
-/// only configuration files are read.
-///
-/// # Errors
-/// As for [`Model::load`]; [`Error::Prompt`] for a text model.
-pub fn load_preprocess(
-    source: &Source,
-    options: &LoadOptions,
-) -> Result<(DecodeOptions, Preprocess, ModelConfig)> {
-    let parts = Parts::find(&source.existing_folder()?, &options.tower)?;
-    let mut config = match source {
-        Source::Preset(preset) => preset.config(DType::F16)?,
-        Source::Demo | Source::Directory(_) => parts.config()?,
-    };
-    leave_tiles_out(&mut config, options.image_mode);
-    let processor = preprocess_of(source, &parts, &config, options)?
-        .ok_or_else(|| Error::Prompt(format!("{source} is a text model; it takes no pictures")))?;
-    Ok((decode_options(options.reference.unwrap_or(config.reference)), processor, config))
-}
-
-/// Crop and pad are ways of making one square.
-fn leave_tiles_out(config: &mut ModelConfig, mode: Option<ImageMode>) {
-    if mode.is_some() {
-        config.tiling = None;
-    }
-}
-
-/// How pictures become pixels; `None` for a text model. The original code takes its tower's settings.
-///
-/// # Errors
-/// A configuration that cannot be used, or one whose pixels would not fit the tower.
-fn preprocess_of(
-    source: &Source,
-    parts: &Parts,
-    config: &ModelConfig,
-    options: &LoadOptions,
-) -> Result<Option<Preprocess>> {
-    let Some(vision) = &config.vision else { return Ok(None) };
-    let mut processor = match source {
-        Source::Preset(_) => Preprocess::clip(vision.image_size),
-        Source::Demo | Source::Directory(_) => {
-            let folders = parts.tower().into_iter().chain([parts.folder()]);
-            preprocess_for(folders, vision.image_size, config.tiling.as_ref())?
-        }
-    };
-    match (config.reference, options.reference) {
-        (Reference::Original, None | Some(Reference::Original)) if config.pads => {
-            processor.mode = ImageMode::Pad
-        }
-        // LLaVA-1.5 was published with `image_aspect_ratio: pad`; transformers crops it.
-        (Reference::Transformers, Some(Reference::Original)) => processor.mode = ImageMode::Pad,
-        _ => {}
-    }
-    processor.mode = options.image_mode.unwrap_or(processor.mode);
-    processor.tiling = config.tiling.clone();
-    Ok(Some(processor))
-}
-
-/// How pictures become pixels for a tower that reads squares of `image_size`, as the first of `folders` that
-/// says so has it. It must cut the tiles of `tiling`, if there are any.
-///
-/// # Errors
-/// A configuration that cannot be used, or one whose pixels would not fit the tower.
-pub(super) fn preprocess_for<'a>(
-    folders: impl IntoIterator<Item = &'a Folder>,
-    image_size: usize,
-    tiling: Option<&Tiling>,
-) -> Result<Preprocess> {
-    const FILE: &str = "preprocessor_config.json";
-    for folder in folders {
-        let Some(map) = json::find_object(folder, FILE)? else { continue };
-        let file = folder.path(FILE);
-        if let Some(tiling) = tiling {
-            check_processor_tiling(&Section::root(&file, &map), tiling)?;
-        }
-        let processor = Preprocess::from_json(&file, &map.into())?;
-        if processor.side() != image_size {
-            return Err(Error::Config {
-                file,
-                key: "crop_size".into(),
-                expected: format!("{image_size}, the image_size of the vision tower"),
-                found: processor.side().to_string(),
-            });
-        }
-        return Ok(processor);
-    }
-    Ok(Preprocess::clip(image_size))
 }

@@ -166,7 +166,7 @@ impl Session {
         for &id in ids {
             sequence.push(id);
         }
-        if !self.model.penalises_prompt() {
+        if !self.model.rules().penalises_prompt() {
             sequence.seen.fill(0);
         }
         Ok(sequence)

@@ -132,7 +132,11 @@ fn limits(config: &TextConfig, options: &SessionOptions, dtype: DType) -> Result
     let page_bytes = page_bytes(config, dtype);
     let context = options.context.unwrap_or(config.max_positions.min(DEFAULT_CONTEXT));
     if context == 0 || context > config.max_positions {
-        let expected = format!("1 to {}, the positions the model was made for", config.max_positions);
+        let most = match config.sliding_window {
+            Some(_) => "the model's sliding window, beyond which it is not supported",
+            None => "the positions the model was made for",
+        };
+        let expected = format!("1 to {}, {most}", config.max_positions);
         return Err(Error::option("--context", expected, context));
     }
     if options.prefill_chunk == 0 {

@@ -6,12 +6,14 @@ LLaMA compute from them when they are put together as `llava_arch.py` does, in f
 
 The tokenizer files, pictures and weights are drawn as in make_goldens.py; README.md tells what the cases are for.
 """
+import ast
 import json
 import math
 import shutil
 import sys
 from pathlib import Path
 
+import peft
 import torch
 import transformers
 from PIL import Image
@@ -74,6 +76,23 @@ CASES = [
          pictures=[("tall.png", "photo", 30, 41, 74)],
          requests=[dict(name="r0", images=["tall.png"], messages=["What is it?"],
                         prompt="[INST] <image>\nWhat is it? [/INST]")]),
+    dict(name="e5_original_lora", model="llava-v1.5-tiny-lora", base="vicuna-tiny", seed=166, dtype="f16", tower="vision_tower",
+         only_model=True, legacy=False, lora=dict(r=4, lora_alpha=8),
+         what="what LLaVA's LoRA training leaves (adapter_model.bin, non_lora_trainables.bin, LLaVA's config.json) over a bare "
+              "language model with a tokenizer.model whose legacy is false; the adapter is merged into the weights",
+         config=config(mm_projector_type="mlp2x_gelu"), pictures=[("wide.png", "photo", 44, 25, 78)],
+         requests=[dict(name="r0", images=["wide.png"], messages=["What is it?"],
+                        prompt=V1 + "USER: <image>\nWhat is it? ASSISTANT:")]),
+    dict(name="e6_original_anyres", model="llava-v1.6-tiny", seed=165, dtype="f16", tower="vision_tower", inside=True,
+         what="LLaVA 1.6: any resolution with pinpoints (width, height) in a string, the margin cut, a newline; a trained tower "
+              "in the file; a picture smaller than a tile, for which transformers' order would choose another canvas",
+         config=config(mm_projector_type="mlp2x_gelu", image_aspect_ratio="anyres", mm_patch_merge_type="spatial_unpad",
+                       image_grid_pinpoints="[(28, 56), (56, 28), (56, 56), (84, 28), (28, 84)]",
+                       unfreeze_mm_vision_tower=True, image_crop_resolution=224, image_split_resolution=224),
+         pictures=[("small.png", "photo", 20, 13, 79), ("wide.png", "grad", 71, 30, 80), ("tall.png", "photo", 23, 79, 81)],
+         requests=[dict(name="r0", images=["small.png"], messages=["What is it?"],
+                        prompt=V1 + "USER: <image>\nWhat is it? ASSISTANT:"),
+                   dict(name="r1", images=["wide.png", "tall.png"], prompt=V1 + "USER: <image>\n<image>\nWhat? ASSISTANT:")]),
     dict(name="e4_original_identity", model="llava-v1-tiny", seed=164, dtype="f32", tower="vision_tower",
          what="no projector: a tower as wide as the language model; a prompt that begins and ends with a picture",
          config=config(mm_projector_type="identity", mm_hidden_size=32), vision=VISION | dict(hidden_size=32),
@@ -170,25 +189,27 @@ def write_model(case, folder):
     """Writes the checkpoint; returns its tensors as they were rounded, and its tokenizer."""
     folder.mkdir(parents=True)
     c = {k: v for k, v in case["config"].items() if v is not None or k in ("image_grid_pinpoints", "rope_scaling")}
-    ids = write_llama_tokenizer(folder, 136, legacy=True, byte_fallback=False, added=(), keep_model=True)
-    tk = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    base = folder.parent / case["base"] if "base" in case else folder
+    base.mkdir(exist_ok=True)
+    ids = write_llama_tokenizer(base, 136, legacy=case.get("legacy", True), byte_fallback=False, added=(), keep_model=True)
+    tk = Tokenizer.from_file(str(base / "tokenizer.json"))
     quiet = set(ids["quiet"]) | {2}
     if case.get("marks"):
         tk.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in MARKS])
         quiet |= {tk.token_to_id(t) for t in MARKS}
-        write_json(folder / "added_tokens.json", {t: tk.token_to_id(t) for t in MARKS})
+        write_json(base / "added_tokens.json", {t: tk.token_to_id(t) for t in MARKS})
     if not case.get("bos", True):
-        settings = json.loads((folder / "tokenizer_config.json").read_text())
-        write_json(folder / "tokenizer_config.json", settings | {"add_bos_token": False})
+        settings = json.loads((base / "tokenizer_config.json").read_text())
+        write_json(base / "tokenizer_config.json", settings | {"add_bos_token": False})
         tk.post_processor = None
         tk = Tokenizer.from_str(json.dumps(json.loads(tk.to_str()) | {"post_processor": None}))
-        tk.save(str(folder / "tokenizer.json"))
+        tk.save(str(base / "tokenizer.json"))
     if case.get("only_model"):
-        (folder / "tokenizer.json").unlink()
+        (base / "tokenizer.json").unlink()
     else:
-        (folder / "tokenizer.model").unlink()
+        (base / "tokenizer.model").unlink()
     write_json(folder / "config.json", c)
-    write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0})
+    write_json(base / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0})
 
     tensors = dict(draw(LlamaForCausalLM(llama(c)), case["seed"], quiet).state_dict())
     p = draw(projector(c), case["seed"] + 2)
@@ -197,12 +218,86 @@ def write_model(case, folder):
         model = draw(CLIPVisionModel._from_config(CLIPConfig(vision_config=VISION).vision_config), case["seed"] + 3)
         tensors |= {f"model.vision_tower.vision_tower.vision_model.{k.removeprefix('vision_model.')}": v
                     for k, v in model.state_dict().items()}
+    if c["image_aspect_ratio"] == "anyres":
+        tensors["model.image_newline"] = torch.randn(c["hidden_size"], generator=torch.Generator().manual_seed(case["seed"] + 4))
     rounded = {k: v.to(DTYPES[case["dtype"]]) for k, v in tensors.items()}
+    if "lora" in case:
+        return c, write_lora(case, c, folder, base, rounded), tk, quiet
     if case.get("torch_shards"):
         write_torch_shards(folder, rounded, case["torch_shards"])
     else:
         write_weights(folder, rounded, case["dtype"])
     return c, {k: v.float() for k, v in rounded.items()}, tk, quiet
+
+
+def write_lora(case, c, folder, base, tensors):
+    """A bare language model, and what LLaVA's LoRA training leaves beside it; returns the tensors, merged."""
+    plain = {k: v for k, v in llama(c).to_dict().items() if not isinstance(v, dict)}
+    write_json(base / "config.json", plain | {"architectures": ["LlamaForCausalLM"], "dtype": "float16"})
+    trained = {k: v for k, v in tensors.items() if "mm_projector" in k}
+    lm = {k: v for k, v in tensors.items() if k not in trained}
+    write_weights(base, lm, case["dtype"])
+    torch.save({f"base_model.model.{k}": v for k, v in trained.items()}, folder / "non_lora_trainables.bin")
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    write_json(folder / "adapter_config.json", case["lora"] | {
+        "base_model_name_or_path": "lmsys/vicuna-7b-v1.5", "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
+        "init_lora_weights": True, "lora_dropout": 0.05, "modules_to_save": None, "peft_type": "LORA", "target_modules": names,
+        "task_type": "CAUSAL_LM"})
+    g, adapter, merged = torch.Generator().manual_seed(case["seed"] + 5), {}, {k: v.float() for k, v in tensors.items()}
+    rank = case["lora"]["r"]
+    for name in sorted(k for k in lm if k.split(".")[-2] in names):
+        out, width = lm[name].shape
+        a = (torch.randn(rank, width, generator=g) / math.sqrt(width)).half()
+        b = (torch.randn(out, rank, generator=g) * 0.2).half()
+        module = "base_model.model." + name.removesuffix(".weight")
+        adapter |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+        merged[name] += case["lora"]["lora_alpha"] / rank * (b.float() @ a.float())
+    torch.save(adapter, folder / "adapter_model.bin")
+    theirs = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(theirs, str(folder)).merge_and_unload().state_dict()
+    assert max(difference(merged[k], v) for k, v in theirs.items()) < 1e-6
+    return merged
+
+
+def best_resolution(size, pinpoints):
+    """`select_best_resolution`, sizes (width, height)."""
+    best, most, least = None, 0, float("inf")
+    for w, h in pinpoints:
+        scale = min(w / size[0], h / size[1])
+        effective = min(int(size[0] * scale) * int(size[1] * scale), size[0] * size[1])
+        wasted = w * h - effective
+        if effective > most or (effective == most and wasted < least):
+            best, most, least = (w, h), effective, wasted
+    return best
+
+
+def squares(im, c, side):
+    """`process_anyres_image`: the whole picture and its tiles."""
+    width, height = best_resolution(im.size, ast.literal_eval(c["image_grid_pinpoints"]))
+    across, down = width / im.width, height / im.height
+    if across < down:
+        size = (width, min(math.ceil(im.height * across), height))
+    else:
+        size = (min(math.ceil(im.width * down), width), height)
+    canvas = Image.new("RGB", (width, height), (0, 0, 0))
+    canvas.paste(im.resize(size), ((width - size[0]) // 2, (height - size[1]) // 2))
+    tiles = [canvas.crop((x, y, x + side, y + side)) for y in range(0, height, side) for x in range(0, width, side)]
+    return [im.resize((side, side)), *tiles]
+
+
+def merged_rows(features, size, newline, c, side, grid):
+    """`spatial_unpad`: the whole, then the tiles' patches line by line without the margin, each with a newline."""
+    width, height = best_resolution(size, ast.literal_eval(c["image_grid_pinpoints"]))
+    down, across = height // side, width // side
+    lines = features[1:].view(down, across, grid, grid, -1).permute(0, 2, 1, 3, 4).reshape(down * grid, across * grid, -1)
+    if size[0] / size[1] > across / down:
+        margin = (down * grid - int(size[1] * (across * grid / size[0]))) // 2
+        lines = lines[margin:down * grid - margin]
+    else:
+        margin = (across * grid - int(size[0] * (down * grid / size[1]))) // 2
+        lines = lines[:, margin:across * grid - margin]
+    ends = newline.to(lines.dtype).expand(len(lines), 1, -1)
+    return torch.cat([features[0], torch.cat([lines, ends], 1).flatten(0, 1)])
 
 
 class Original:
@@ -220,23 +315,31 @@ class Original:
         self.projector.load_state_dict({k.removeprefix("model.mm_projector."): v for k, v in tensors.items()
                                         if "mm_projector" in k})
         self.lm = LlamaForCausalLM._from_config(llama(c), dtype=torch.float32, attn_implementation=attention).eval()
-        self.lm.load_state_dict({k: v for k, v in tensors.items() if "mm_projector" not in k and inside not in k})
+        self.newline = tensors.get("model.image_newline")
+        self.lm.load_state_dict({k: v for k, v in tensors.items()
+                                 if "mm_projector" not in k and inside not in k and k != "model.image_newline"})
         for part in (self.tower, self.projector, self.lm):
             part.to(dtype)
 
     @torch.no_grad()
-    def embed(self, ids, pixels):
+    def embed(self, ids, pixels, sizes):
+        """`pixels` of all squares of all pictures; `sizes` (width, height) of each picture."""
         states = self.tower(pixels.to(self.dtype), output_hidden_states=True).hidden_states
         selected = states[self.c["mm_vision_select_layer"]]
         rows = selected[:, 1:] if self.c["mm_vision_select_feature"] == "patch" else selected
         features, parts, seen = self.projector(rows), [], 0
+        if self.newline is not None:
+            vision = self.tower.config
+            side, grid = vision.image_size, vision.image_size // vision.patch_size
+            counts = [1 + math.prod(best_resolution(s, ast.literal_eval(self.c["image_grid_pinpoints"]))) // side ** 2 for s in sizes]
+            features = [merged_rows(f, s, self.newline, self.c, side, grid) for f, s in zip(features.split(counts), sizes)]
         for i in ids:
             if i == IMAGE:
                 parts.append(features[seen])
                 seen += 1
             else:
                 parts.append(self.lm.get_input_embeddings()(torch.tensor([i])))
-        found = {"vision.selected": selected, "image_features": features.reshape(-1, features.shape[-1])}
+        found = {"vision.selected": selected, "image_features": torch.cat(list(features))}
         return torch.cat(parts)[None], found
 
     @torch.no_grad()
@@ -256,16 +359,21 @@ def tokenize(tk, prompt):
 
 
 def pixels(case, c, folder, tower, names):
-    processor, out = CLIPImageProcessorPil.from_pretrained(tower), []
+    processor, out, sizes = CLIPImageProcessorPil.from_pretrained(tower), [], []
     for name in names:
         im = Image.open(folder / "images" / name).convert("RGB")
+        sizes.append(im.size)
+        if c.get("image_aspect_ratio") == "anyres":
+            side = processor.crop_size["height"]
+            out += [processor(square, return_tensors="pt")["pixel_values"][0] for square in squares(im, c, side)]
+            continue
         if c.get("image_aspect_ratio") == "pad" and im.width != im.height:
             side = max(im.size)
             square = Image.new("RGB", (side, side), tuple(int(m * 255) for m in processor.image_mean))
             square.paste(im, ((side - im.width) // 2, (side - im.height) // 2))
             im = square
         out.append(processor(im, return_tensors="pt")["pixel_values"][0])
-    return torch.stack(out)
+    return torch.stack(out), sizes
 
 
 def write_case(case):
@@ -288,9 +396,9 @@ def write_case(case):
     expected, records = {}, []
     for request in case["requests"]:
         ids = tokenize(tk, request["prompt"])
-        px = pixels(case, c, folder, folder / case["tower"], request["images"])
-        embedded, seen = f32.embed(ids, px)
-        exact, _ = f64.embed(ids, px)
+        px, sizes = pixels(case, c, folder, folder / case["tower"], request["images"])
+        embedded, seen = f32.embed(ids, px, sizes)
+        exact, _ = f64.embed(ids, px, sizes)
         steps = 12
         out = f32.lm.generate(inputs_embeds=embedded, attention_mask=torch.ones(embedded.shape[:2], dtype=torch.long),
                               do_sample=False, max_new_tokens=steps, eos_token_id=2, pad_token_id=0,
@@ -301,7 +409,7 @@ def write_case(case):
         n = embedded.shape[1]
         top = step_logits.topk(2, -1).values
         gap = (top[:, 0] - top[:, 1]).min().item()
-        black = f32.logits(f32.embed(ids, torch.zeros_like(px))[0], tokens)
+        black = f32.logits(f32.embed(ids, torch.zeros_like(px), sizes)[0], tokens)
         assert difference(black[n - 1], full[n - 1]) > 0.3
         assert gap > 0.03 and len(set(tokens.tolist())) > 3, (case["name"], request["name"], gap, tokens)
         assert torch.equal(full64[n - 1:].argmax(-1), tokens) and not set(tokens.tolist()) & quiet
@@ -318,6 +426,7 @@ def write_case(case):
     save_file(expected, folder / "expected.safetensors", metadata={"format": "pt"})
     write_json(folder / "case.json", {
         "name": case["name"], "kind": "llava_original", "what": case["what"], "model": case["model"],
+        **({"base": case["base"]} if "base" in case else {}),
         "seed": case["seed"], "requests": records,
         "reference": {"transformers": transformers.__version__, "torch": torch.__version__, "attention": "eager"}})
     files = [f for f in folder.rglob("*") if f.is_file()]

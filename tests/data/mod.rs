@@ -63,6 +63,11 @@ impl Case {
         self.folder.join(self.json["model"].as_str().unwrap())
     }
 
+    /// The language model that the checkpoint, an adapter, was trained over.
+    pub fn base(&self) -> Option<PathBuf> {
+        Some(self.folder.join(self.json["base"].as_str()?))
+    }
+
     /// Whether the checkpoint is in the layout of the original LLaVA.
     pub fn is_original(&self) -> bool {
         self.json["kind"] == "llava_original"

@@ -78,6 +78,17 @@ impl Tiling {
         Ok(Tiling { resolutions, side, grid, merge })
     }
 
+    /// The same file as it is read by the other code, transformers or the original: the sides of each canvas change
+    /// places, and only `transformers` rounds the margin.
+    pub fn read_by_other(&self, transformers: bool) -> Self {
+        let merge = match self.merge {
+            Merge::SpatialUnpad { .. } => Merge::SpatialUnpad { rounded: transformers },
+            merge => merge,
+        };
+        let resolutions = self.resolutions.iter().map(|&(width, height)| (height, width)).collect();
+        Tiling { resolutions, merge, ..*self }
+    }
+
     /// How a picture of `width` x `height` pixels, neither of them 0, is seen.
     pub fn tiles(&self, width: usize, height: usize) -> Tiles {
         let canvas = self.best_resolution(width, height);

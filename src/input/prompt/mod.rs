@@ -38,6 +38,19 @@ pub struct Prompter {
     pictures: Pictures,
 }
 
+/// What decides about the prompts of an original LLaVA.
+#[derive(Clone, Debug)]
+pub struct Original {
+    /// Its names: they tell the template, and which of its tokenizers the original code loads. The first that
+    /// tells a template decides.
+    pub names: Vec<String>,
+    /// If there are any, a vocabulary that lacks them gets them, in this order, and a picture stands between
+    /// `<im_start>` and `<im_end>`.
+    pub picture_tokens: &'static [&'static str],
+    /// Whether a text is tokenised as a whole, as transformers would, with a token for each picture.
+    pub whole: bool,
+}
+
 /// How a text says where its pictures are.
 enum Pictures {
     /// It has none: the model reads text only.
@@ -48,6 +61,8 @@ enum Pictures {
         id: u32,
         /// How it is written.
         text: String,
+        /// What templates write for a picture: the token, perhaps between two others.
+        written: String,
     },
     /// The text is cut where a mark stands and each piece is tokenised by itself, as in the original.
     Cut {
@@ -71,37 +86,45 @@ impl Prompter {
         let tokenizer = Tokenizer::load(folder, vocab_size, image_token)?;
         let pictures = match image_token {
             None => Pictures::None,
-            Some(id) => Pictures::Token { id, text: tokenizer.token(id).unwrap_or_default() },
+            Some(id) => {
+                let text = tokenizer.token(id).unwrap_or_default();
+                Pictures::Token { id, written: text.clone(), text }
+            }
         };
         Ok(Prompter { template: ChatTemplate::load(folder)?, tokenizer, pictures })
     }
 
-    /// Template and tokenizer of an original LLaVA. `model` is its name, which tells the template. If there are
-    /// `picture_tokens`, a vocabulary that lacks them gets them, in this order, and a picture stands between
-    /// `<im_start>` and `<im_end>`.
+    /// Template and tokenizer of an original LLaVA, whose language model is in `folder`.
     ///
     /// # Errors
-    /// As for [`load`](Self::load), and [`Error::Tokenizer`] if the embedding has no rows for those tokens.
-    pub fn load_original(
-        folder: &Folder,
-        vocab_size: usize,
-        model: &str,
-        picture_tokens: &[&str],
-    ) -> Result<Self> {
-        let mut tokenizer = Tokenizer::load(folder, vocab_size, None)?;
-        tokenizer.add_special(picture_tokens, vocab_size)?;
-        let written = match picture_tokens {
-            [] => IMAGE_MARK.to_string(),
-            _ => format!("<im_start>{IMAGE_MARK}<im_end>"),
+    /// As for [`load`](Self::load), and [`Error::Tokenizer`] if the embedding has no rows for picture tokens.
+    pub fn load_original(folder: &Folder, vocab_size: usize, original: &Original) -> Result<Self> {
+        let mut tokenizer = match original.whole {
+            true => Tokenizer::load(folder, vocab_size, None)?,
+            false => Tokenizer::load_original(folder, vocab_size, &original.names)?,
         };
-        let pictures = Pictures::Cut { at: IMAGE_MARK.into(), written, filler: 0 };
-        Ok(Prompter { template: ChatTemplate::of_original(model, folder)?, tokenizer, pictures })
+        tokenizer.add_special(original.picture_tokens, vocab_size)?;
+        let mark = IMAGE_MARK.to_string();
+        let written = match original.picture_tokens {
+            [] => mark.clone(),
+            _ => format!("<im_start>{mark}<im_end>"),
+        };
+        let pictures = match original.whole {
+            false => Pictures::Cut { at: mark, written, filler: 0 },
+            // No row of the embedding is its own, and none is looked up.
+            true => {
+                tokenizer.add_special(&[IMAGE_MARK], usize::MAX)?;
+                Pictures::Token { id: tokenizer.id(IMAGE_MARK).unwrap_or_default(), text: mark, written }
+            }
+        };
+        let template = ChatTemplate::of_original(&original.names, folder)?;
+        Ok(Prompter { template, tokenizer, pictures })
     }
 
     /// The same, but text beside a picture is tokenised as the original does, piece by piece.
     pub fn cut_at_pictures(self) -> Self {
         let pictures = match self.pictures {
-            Pictures::Token { id, text } => Pictures::Cut { at: text.clone(), written: text, filler: id },
+            Pictures::Token { id, text, written } => Pictures::Cut { at: text, written, filler: id },
             other => other,
         };
         Prompter { pictures, ..self }
@@ -145,8 +168,7 @@ impl Prompter {
     pub fn render(&self, messages: &[Message]) -> Result<Rendered> {
         let written = match &self.pictures {
             Pictures::None => IMAGE_MARK,
-            Pictures::Token { text, .. } => text,
-            Pictures::Cut { written, .. } => written,
+            Pictures::Token { written, .. } | Pictures::Cut { written, .. } => written,
         };
         self.template.render(messages, written)
     }
@@ -202,9 +224,14 @@ impl Prompter {
                         user.iter().filter(|user| piece.start <= user.start && user.end <= piece.end);
                     let inside: Vec<_> =
                         inside.map(|user| user.start - piece.start..user.end - piece.start).collect();
-                    // BOS stands before the first piece alone.
-                    let add_special = add_special && pieces.is_empty();
-                    pieces.push(self.tokenizer.encode_with_user_text(&text[piece], &inside, add_special)?);
+                    let begins = pieces.is_empty();
+                    let mut ids =
+                        self.tokenizer.encode_with_user_text(&text[piece], &inside, add_special && begins)?;
+                    // BOS stands before the first piece alone, what a tokenizer puts behind a text after each.
+                    if add_special && !begins {
+                        ids.extend_from_slice(self.tokenizer.ending());
+                    }
+                    pieces.push(ids);
                 }
                 splice(&pieces, *filler, tokens_per_image)
             }

@@ -15,22 +15,46 @@ const MAX_PIECES: usize = 1 << 20;
 /// Bytes of the longest piece; all its splits are looked up.
 const MAX_PIECE: usize = 256;
 
+/// Whose reading of `tokenizer_config.json` holds: `legacy` (true if absent) puts a space before each stretch of text
+/// between added tokens, and otherwise only before the first; `add_prefix_space` may leave it out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// transformers' fast tokenizers of today: both settings count, and a first stretch that begins with a space gets
+    /// no other one.
+    Fast,
+    /// Those of the transformers that the original LLaVA is pinned to, 4.37: always `legacy`.
+    OldFast,
+    /// The slow tokenizers of that version: `add_prefix_space` is not known. Where [`prefixes_once`] says so, no space
+    /// is put before anything, and the caller puts it before the text.
+    Slow,
+}
+
+/// Whether the slow tokenizer of `folder` puts one space before a whole text.
+///
+/// # Errors
+/// [`Error::Checkpoint`] for a malformed `tokenizer_config.json`.
+pub fn prefixes_once(folder: &Folder) -> Result<bool> {
+    Ok(object(folder, CONFIG)?.get(LEGACY) == Some(&Value::Bool(false)))
+}
+
+const CONFIG: &str = "tokenizer_config.json";
+const LEGACY: &str = "legacy";
+
 /// The bytes of a `tokenizer.json` that tokenises as the `tokenizer.model` in `folder`, if there is one. Added tokens
-/// come from `tokenizer_config.json` and `added_tokens.json`; whether each stretch of text gets a space before it, or
-/// only the first, is told by `legacy` in `tokenizer_config.json`, as transformers has it.
+/// come from `tokenizer_config.json` and `added_tokens.json`.
 ///
 /// # Errors
 /// [`Error::Tokenizer`] for a model that is malformed or of another kind than BPE; [`Error::Checkpoint`] and
 /// [`Error::Tokenizer`] for the files beside it.
-pub fn as_json(folder: &Folder) -> Result<Option<Vec<u8>>> {
+pub fn as_json(folder: &Folder, kind: Kind) -> Result<Option<Vec<u8>>> {
     const FILE: &str = "tokenizer.model";
     let Some(bytes) = folder.read(FILE)? else { return Ok(None) };
     let file = folder.path(FILE);
     let wrong = |problem: String| Error::Tokenizer { file: file.clone(), problem };
     let model = Model::parse(&bytes).map_err(wrong)?;
-    let config = object(folder, "tokenizer_config.json")?;
+    let config = object(folder, CONFIG)?;
     let added = added_tokens(folder, &config, &model)?;
-    Ok(Some(model.tokenizer(&config, added).map_err(wrong)?.to_string().into_bytes()))
+    Ok(Some(model.tokenizer(&config, kind, added).map_err(wrong)?.to_string().into_bytes()))
 }
 
 /// What a SentencePiece model says.
@@ -38,6 +62,7 @@ struct Model<'a> {
     pieces: Vec<Piece<'a>>,
     unknown: usize,
     begin: usize,
+    end: usize,
     byte_fallback: bool,
     /// Whether a space is put before a text.
     dummy_prefix: bool,
@@ -58,8 +83,14 @@ const UNKNOWN: u64 = 2;
 
 impl<'a> Model<'a> {
     fn parse(bytes: &'a [u8]) -> Result<Self, String> {
-        let mut model =
-            Model { pieces: Vec::new(), unknown: 0, begin: 1, byte_fallback: false, dummy_prefix: true };
+        let mut model = Model {
+            pieces: Vec::new(),
+            unknown: 0,
+            begin: 1,
+            end: 2,
+            byte_fallback: false,
+            dummy_prefix: true,
+        };
         let mut settings = Settings { kind: 1, collapses_spaces: true, ..Settings::default() };
         // The fields of `ModelProto`.
         for field in Fields(bytes) {
@@ -94,6 +125,7 @@ impl<'a> Model<'a> {
                 (40, Field::Number(id)) => self.unknown = id as usize,
                 // Minus one, for none, is ten bytes long.
                 (41, Field::Number(id)) => self.begin = id as usize,
+                (42, Field::Number(id)) => self.end = id as usize,
                 _ => {}
             }
         }
@@ -115,7 +147,7 @@ impl<'a> Model<'a> {
     }
 
     /// The tokenizer as transformers' `LlamaConverter` makes it.
-    fn tokenizer(&self, config: &Map<String, Value>, added: Vec<Value>) -> Result<Value, String> {
+    fn tokenizer(&self, config: &Map<String, Value>, kind: Kind, added: Vec<Value>) -> Result<Value, String> {
         let flag = |key: &str, default| config.get(key).and_then(Value::as_bool).unwrap_or(default);
         let ids: HashMap<&str, usize> =
             self.pieces.iter().enumerate().map(|(id, piece)| (piece.text, id)).collect();
@@ -124,17 +156,18 @@ impl<'a> Model<'a> {
         }
         let replace =
             |from: &str, to: &str| json!({"type": "Replace", "pattern": {"String": from}, "content": to});
-        let prefix = self.dummy_prefix && flag("add_prefix_space", true);
-        let (normalizer, pre_tokenizer) = match (prefix, flag("legacy", true)) {
+        let prefix = self.dummy_prefix && (kind != Kind::Fast || flag("add_prefix_space", true));
+        let each = kind == Kind::OldFast || flag(LEGACY, true);
+        let (normalizer, pre_tokenizer) = match (prefix, each) {
             (true, true) => {
                 let prepend = json!({"type": "Prepend", "prepend": SPACE});
                 (json!({"type": "Sequence", "normalizers": [prepend, replace(" ", SPACE)]}), Value::Null)
             }
-            (true, false) => (
+            (true, false) if kind == Kind::Fast => (
                 Value::Null,
                 json!({"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "first", "split": false}),
             ),
-            (false, _) => (replace(" ", SPACE), Value::Null),
+            _ => (replace(" ", SPACE), Value::Null),
         };
         let mut decoders =
             vec![replace(SPACE, " "), json!({"type": "ByteFallback"}), json!({"type": "Fuse"})];
@@ -146,7 +179,12 @@ impl<'a> Model<'a> {
         if flag("add_bos_token", true) {
             single.insert(0, json!({"SpecialToken": {"id": begin, "type_id": 0}}));
         }
-        let special = json!({begin: {"id": begin, "ids": [self.begin], "tokens": [begin]}});
+        let mut special = json!({begin: {"id": begin, "ids": [self.begin], "tokens": [begin]}});
+        if flag("add_eos_token", false) {
+            let end = self.pieces.get(self.end).ok_or("has no end token, which add_eos_token asks for")?.text;
+            single.push(json!({"SpecialToken": {"id": end, "type_id": 0}}));
+            special[end] = json!({"id": end, "ids": [self.end], "tokens": [end]});
+        }
         Ok(json!({
             "version": "1.0",
             "added_tokens": added,
@@ -194,7 +232,7 @@ impl<'a> Model<'a> {
 }
 
 /// What SentencePiece has for a space.
-const SPACE: &str = "▁";
+pub const SPACE: &str = "▁";
 
 impl<'a> Piece<'a> {
     fn parse(bytes: &'a [u8]) -> Result<Self, String> {

@@ -83,18 +83,17 @@ impl ChatTemplate {
         Self::built_in(Style::vicuna(), special_tokens)
     }
 
-    /// The template of an original LLaVA, which the name of its folder tells. Templates in its files are those
+    /// The template of an original LLaVA, which its names tell, the first that does. Templates in its files are those
     /// of the language model that it was made from, and not looked at.
     ///
     /// # Errors
     /// [`Error::Checkpoint`] if `tokenizer_config.json` is malformed.
-    pub fn of_original(model: &str, folder: &Folder) -> Result<Self> {
-        Self::built_in(Style::of_original(model), special_tokens(folder)?)
+    pub fn of_original<S: AsRef<str>>(names: &[S], folder: &Folder) -> Result<Self> {
+        Self::built_in(Style::of_original(names), special_tokens(folder)?)
     }
 
-    /// The template that a user names instead of the checkpoint's: a conversation style (`vicuna`, `v1`,
-    /// `llava_v1`, `llava_v0`, `llava_llama_2`, `mistral_instruct`, `chatml_direct`, `mpt`, `plain`), or a Jinja
-    /// file. The special tokens it may write are still those of the checkpoint in `folder`.
+    /// The template that a user names instead of the checkpoint's: a conversation style by one of its names
+    /// (`vicuna`, and those of the original's `conversation.py`), or a Jinja file. The special tokens it may write are still those of the checkpoint in `folder`.
     ///
     /// # Errors
     /// [`Error::Option`] if it is neither, [`Error::Template`] if it is malformed.
@@ -105,7 +104,11 @@ impl ChatTemplate {
         }
         match read_file(Path::new(name))? {
             Some(bytes) => Self::compile(name, text(bytes, Path::new(name))?, special_tokens, None),
-            None => Err(Error::option("--template", format!("{} or a Jinja file", Style::list()), name)),
+            None => Err(Error::option(
+                "--template",
+                format!("a conversation style ({}) or a Jinja file", Style::list()),
+                name,
+            )),
         }
     }
 

@@ -11,7 +11,7 @@ use tokenizers::{
     Token,
 };
 
-use super::sentencepiece;
+use super::sentencepiece::{self, Kind, SPACE};
 use super::stream::{Decoder, TextStream};
 use crate::error::{self, Error, Result};
 use crate::folder::Folder;
@@ -23,8 +23,11 @@ pub struct Tokenizer {
     decoder: Decoder,
     /// Tokens that only a template or a raw prompt may write: the special ones and the image token.
     control: HashMap<u32, AddedToken>,
-    /// The first special token that the post-processor puts before a text: BOS, for LLaMA.
-    bos: Option<u32>,
+    /// What the post-processor puts before a text (BOS, for LLaMA) and behind it.
+    around: [Vec<u32>; 2],
+    /// Whether a space of its own is put before every text, whatever the text begins with: what the original code's
+    /// tokenizer does, and no setting of the library can.
+    prefix: bool,
 }
 
 /// A tokenizer as the `tokenizers` library writes it, whose ids fit `whose` vocabulary. Truncation and padding are
@@ -71,6 +74,37 @@ impl Tokenizer {
     /// lacks the image token, or decodes in a way no LLaMA-family tokenizer does.
     pub fn load(folder: &Folder, vocab_size: usize, image_token: Option<u32>) -> Result<Self> {
         let (file, bytes) = read(folder)?;
+        Self::new(file, bytes, vocab_size, image_token, false)
+    }
+
+    /// Reads the tokenizer that the original code loads for a model of one of these `names`: `tokenizer.model` by
+    /// itself, as transformers' slow tokenizer reads it, where there is one; for a Mistral as for everyone else, but
+    /// with `legacy` always on, as transformers had it then.
+    ///
+    /// # Errors
+    /// As for [`load`](Self::load).
+    pub fn load_original(folder: &Folder, vocab_size: usize, names: &[String]) -> Result<Self> {
+        let fast = names.iter().any(|name| name.to_lowercase().contains("mistral"));
+        let kind = if fast { Kind::OldFast } else { Kind::Slow };
+        let (file, bytes) = match (fast, folder.read(FILE)?) {
+            (true, Some(bytes)) => (folder.path(FILE), bytes),
+            (_, json) => match (sentencepiece::as_json(folder, kind)?, json) {
+                (Some(bytes), _) => (folder.path(MODEL), bytes),
+                (None, Some(bytes)) => (folder.path(FILE), bytes),
+                (None, None) => read(folder)?,
+            },
+        };
+        let prefix = !fast && file.ends_with(MODEL) && sentencepiece::prefixes_once(folder)?;
+        Self::new(file, bytes, vocab_size, None, prefix)
+    }
+
+    fn new(
+        file: PathBuf,
+        bytes: Vec<u8>,
+        vocab_size: usize,
+        image_token: Option<u32>,
+        prefix: bool,
+    ) -> Result<Self> {
         let inner = from_json(&file, bytes, vocab_size, "the model's")?;
         let error = |problem: String| Error::Tokenizer { file: file.clone(), problem };
         let decoder = Decoder::of(inner.get_decoder()).map_err(&error)?;
@@ -81,9 +115,23 @@ impl Tokenizer {
             )));
         }
         let control = added.into_iter().filter(|(id, t)| t.special || Some(*id) == image_token).collect();
-        let mut tokenizer = Tokenizer { inner, file, decoder, control, bos: None };
-        tokenizer.bos = tokenizer.ids("", &[], true)?.first().copied();
+        let mut tokenizer = Tokenizer { inner, file, decoder, control, around: Default::default(), prefix };
+        tokenizer.around = tokenizer.around_a_text()?;
         Ok(tokenizer)
+    }
+
+    fn around_a_text(&self) -> Result<[Vec<u32>; 2]> {
+        const TEXT: &str = "a";
+        let ids = |special| Ok(self.library(|| self.inner.encode(TEXT, special))?.get_ids().to_vec());
+        let (text, whole): (Vec<u32>, Vec<u32>) = (ids(false)?, ids(true)?);
+        let at = whole.windows(text.len().max(1)).position(|part| part == text).unwrap_or(whole.len());
+        let behind = whole.get(at + text.len()..).unwrap_or_default().to_vec();
+        Ok([whole[..at].to_vec(), behind])
+    }
+
+    /// What is put behind a text.
+    pub(super) fn ending(&self) -> &[u32] {
+        &self.around[1]
     }
 
     /// The ids of `text`, special tokens in it recognised. With `add_special`, the special tokens that
@@ -166,18 +214,40 @@ impl Tokenizer {
     }
 
     fn ids(&self, text: &str, user: &[Range<usize>], add_special: bool) -> Result<Vec<u32>> {
-        let mut encoding = self.library(|| self.inner.encode(text, false))?;
+        let mut ids = match self.prefix && !text.is_empty() {
+            false => self.plain_ids(text, user)?,
+            true => {
+                let by = SPACE.len();
+                let user: Vec<_> = user.iter().map(|range| range.start + by..range.end + by).collect();
+                let mut ids = self.plain_ids(&format!("{SPACE}{text}"), &user)?;
+                // The slow tokenizer takes its space back from before a special token.
+                if let [space, special, ..] = ids[..]
+                    && self.id(SPACE) == Some(space)
+                    && self.control.contains_key(&special)
+                {
+                    ids.remove(0);
+                }
+                ids
+            }
+        };
+        let [before, behind] = &self.around;
+        if add_special && (before.is_empty() || !ids.starts_with(before)) {
+            ids.splice(..0, before.iter().copied());
+            ids.extend_from_slice(behind);
+        }
+        Ok(ids)
+    }
+
+    /// The ids of `text` and nothing around it.
+    fn plain_ids(&self, text: &str, user: &[Range<usize>]) -> Result<Vec<u32>> {
+        let encoding = self.library(|| self.inner.encode(text, false))?;
         let from_user = |(id, span): (&u32, &(usize, usize))| {
             self.control.contains_key(id) && overlaps(&trimmed(text, span.0..span.1), user)
         };
-        if encoding.get_ids().iter().zip(encoding.get_offsets()).any(from_user) {
-            encoding = self.encode_held(text, user)?;
+        match encoding.get_ids().iter().zip(encoding.get_offsets()).any(from_user) {
+            true => Ok(self.encode_held(text, user)?.get_ids().to_vec()),
+            false => Ok(encoding.get_ids().to_vec()),
         }
-        let begun = self.bos.is_some() && encoding.get_ids().first().copied() == self.bos;
-        if add_special && !begun {
-            encoding = self.library(|| self.inner.post_process(encoding, None, true))?;
-        }
-        Ok(encoding.get_ids().to_vec())
     }
 
     /// Encodes `text` with the control tokens of its template parts only. The library splits a text at
@@ -255,14 +325,16 @@ impl Tokenizer {
     }
 }
 
+const FILE: &str = "tokenizer.json";
+const MODEL: &str = "tokenizer.model";
+
 /// A tokenizer's file and the JSON that it holds or means.
 fn read(folder: &Folder) -> Result<(PathBuf, Vec<u8>)> {
-    const FILE: &str = "tokenizer.json";
     if let Some(bytes) = folder.read(FILE)? {
         return Ok((folder.path(FILE), bytes));
     }
-    match sentencepiece::as_json(folder)? {
-        Some(bytes) => Ok((folder.path("tokenizer.model"), bytes)),
+    match sentencepiece::as_json(folder, Kind::Fast)? {
+        Some(bytes) => Ok((folder.path(MODEL), bytes)),
         None => Err(Error::Tokenizer {
             file: folder.path(FILE),
             problem: "not found, nor a tokenizer.model; a checkpoint needs one of them".into(),

@@ -75,7 +75,7 @@ impl Weights {
         let weights = Weights::new(dir.into(), files.sources, files.tensors)?;
         let projector = dir.join("mm_projector.bin");
         match projector.exists() && !weights.has_part("projector.") {
-            true => weights.with_part("projector.", Self::open_file(&projector, mode)?),
+            true => weights.with_part(&["projector."], Self::open_file(&projector, mode)?),
             false => Ok(weights),
         }
     }
@@ -125,6 +125,18 @@ impl Files {
     }
 }
 
+/// The file names under which transformers saves a whole model, safetensors before PyTorch; each may be an index of
+/// shards (`.index.json`) instead.
+const WHOLE: [&str; 2] = ["model.safetensors", "pytorch_model.bin"];
+
+/// Whether `dir` holds the weights of a whole model, and not those of an adapter or a projector alone.
+pub fn has_weights(dir: &Path) -> bool {
+    let named = |name: &str| dir.join(name).exists();
+    let adapter = named("adapter_config.json");
+    WHOLE.iter().any(|name| named(name) || named(&format!("{name}.index.json")))
+        || (!adapter && list(dir).is_ok_and(|names| names.iter().any(|name| name.ends_with(".safetensors"))))
+}
+
 /// The files of a checkpoint.
 struct Found {
     files: Vec<PathBuf>,
@@ -141,7 +153,7 @@ struct Index {
 /// Looks as transformers does: the single file, then the index, safetensors before PyTorch; then whatever is
 /// unambiguous.
 fn find_files(dir: &Path) -> Result<Found> {
-    for file in ["model.safetensors", "pytorch_model.bin"] {
+    for file in WHOLE {
         let (single, index) = (dir.join(file), dir.join(format!("{file}.index.json")));
         if single.exists() {
             return Ok(Found { files: vec![single], index: None });
@@ -161,7 +173,7 @@ fn find_files(dir: &Path) -> Result<Found> {
         ([], []) if !ending(".bin").is_empty() => Err(Error::checkpoint(
             dir,
             "has neither model.safetensors nor pytorch_model.bin, nor an index of shards; a projector or an adapter \
-             alone is no model: put it beside the weights of the language model",
+             alone is no model: put it beside the weights of the language model, or name that with --base",
         )),
         ([], []) => Err(Error::checkpoint(
             dir,

@@ -5,10 +5,11 @@ use super::ClipConfig;
 use crate::error::Result;
 use crate::model::json::Section;
 use serde_json::Value;
+use std::fmt;
 
 /// The kinds of checkpoint directory that can be run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Family {
+pub enum Family {
     /// A LLaVA as transformers saves it.
     Llava,
     /// A LLaVA-NeXT as transformers saves it.
@@ -17,6 +18,17 @@ pub(super) enum Family {
     Original,
     /// A language model by itself.
     Text,
+}
+
+impl fmt::Display for Family {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Family::Llava => "LLaVA, as transformers saves it",
+            Family::LlavaNext => "LLaVA-NeXT, as transformers saves it",
+            Family::Original => "LLaVA, as its authors' code saves it",
+            Family::Text => "a language model by itself",
+        })
+    }
 }
 
 /// Class names and `model_type`s of each family; the first that a config names decides.

@@ -17,13 +17,12 @@ mod tiling;
 mod vision;
 
 pub use clip::{ClipConfig, ClipTextConfig, Pooling};
+pub use family::Family;
 pub use generation::GenerationConfig;
 pub use rope::{Rope, RopeScaling};
 pub use text::TextConfig;
-pub use tiling::{check_processor_tiling, original_tiling};
+pub use tiling::{check_processor, check_processor_tiling, original_tiling};
 pub use vision::VisionConfig;
-
-use family::Family;
 
 use super::json::{self, MAX_TOKEN_ID, Section};
 use crate::error::Result;
@@ -38,6 +37,8 @@ const FILE: &str = "config.json";
 /// A model: a LLaMA, and for LLaVA the tower and the projector before it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelConfig {
+    /// What kind of checkpoint it is.
+    pub family: Family,
     /// The CLIP tower; absent in a text model, as are the four fields that follow.
     pub vision: Option<VisionConfig>,
     /// What turns tower features into embeddings.
@@ -129,6 +130,12 @@ impl ModelConfig {
         Ok(original::tower_name(&Section::root(&file, &map))?.map(String::from))
     }
 
+    /// Whether the checkpoint in `folder` is a language model by itself.
+    pub fn is_text(folder: &Folder) -> Result<bool> {
+        let (map, file) = (json::read_object(folder, FILE)?, folder.path(FILE));
+        Ok(Family::of(&Section::root(&file, &map))? == Family::Text)
+    }
+
     fn parse(root: &Section, tower: Option<VisionConfig>) -> Result<Self> {
         if root.get("quantization_config").is_some() {
             return Err(root.error("quantization_config", "none: weights are f16, bf16 or f32"));
@@ -138,10 +145,11 @@ impl ModelConfig {
             Family::LlavaNext => {
                 let config = Self::llava(root)?;
                 let tiling = tiling::hugging_face(root, &config)?;
-                Ok(ModelConfig { tiling: Some(tiling), ..config })
+                Ok(ModelConfig { family: Family::LlavaNext, tiling: Some(tiling), ..config })
             }
             Family::Original => Self::original(root, tower),
             Family::Text => Ok(ModelConfig {
+                family: Family::Text,
                 vision: None,
                 projector: None,
                 image_token_id: None,
@@ -170,6 +178,7 @@ impl ModelConfig {
         let feature_layers = feature_layers(root, vision.num_layers)?;
         let strategies = [("default", SelectStrategy::Default), ("full", SelectStrategy::Full)];
         Ok(ModelConfig {
+            family: Family::Llava,
             projector: Some(ProjectorConfig {
                 input_size: vision.hidden_size * feature_layers.len(),
                 hidden_size: text.hidden_size,

@@ -51,6 +51,7 @@ impl ModelConfig {
             return Err(root.error("mm_vision_select_feature", expected));
         }
         Ok(ModelConfig {
+            family: Family::Original,
             projector: Some(ProjectorConfig {
                 input_size: vision.hidden_size,
                 hidden_size: text.hidden_size,

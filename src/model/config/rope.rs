@@ -56,22 +56,23 @@ impl fmt::Display for Rope {
 const MOST: f64 = 1e12;
 
 impl Rope {
-    /// Reads `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (before).
-    pub(super) fn parse(text: &Section) -> Result<Self> {
+    /// Reads `rope_theta` and one of two sections, as transformers 5 does: `rope_scaling`, its older name, if there
+    /// is anything in it, else `rope_parameters`. Within it stands the base that counts, or else beside it.
+    /// `max_positions` is what a scaling takes for the context before it was stretched if it does not say.
+    pub(super) fn parse(text: &Section, max_positions: usize) -> Result<Self> {
+        check_whole(text)?;
         let theta = text.positive("rope_theta", 10_000.0, MOST)?;
-        let section = match text.child("rope_parameters", "rope_parameters.")? {
-            Some(section) => Some(section),
-            None => text.child("rope_scaling", "rope_scaling.")?,
+        let section = match text.child("rope_scaling", "rope_scaling.")? {
+            Some(section) if !section.map().is_empty() => Some(section),
+            _ => text.child("rope_parameters", "rope_parameters.")?,
         };
         let Some(section) = section else {
             return Ok(Rope { theta: theta as f32, scaling: RopeScaling::Default });
         };
-        if section.positive("partial_rotary_factor", 1.0, 1.0)? != 1.0 {
-            return Err(section.error("partial_rotary_factor", "1"));
-        }
+        check_whole(&section)?;
         Ok(Rope {
             theta: section.positive("rope_theta", theta, MOST)? as f32,
-            scaling: RopeScaling::parse(&section)?,
+            scaling: RopeScaling::parse(&section, max_positions)?,
         })
     }
 
@@ -86,8 +87,18 @@ impl Rope {
     }
 }
 
+/// Refuses an embedding that turns a part of the columns only.
+fn check_whole(section: &Section) -> Result<()> {
+    const KEY: &str = "partial_rotary_factor";
+    match section.positive(KEY, 1.0, 1.0)? {
+        1.0 => Ok(()),
+        _ => Err(section.error(KEY, "1")),
+    }
+}
+
 impl RopeScaling {
-    fn parse(section: &Section) -> Result<Self> {
+    fn parse(section: &Section, max_positions: usize) -> Result<Self> {
+        const ORIGINAL: &str = "original_max_position_embeddings";
         let key = section.alias("rope_type", "type")?;
         let number = |key: &str| match section.get(key) {
             Some(_) => Ok(section.positive(key, 1.0, MOST)? as f32),
@@ -105,7 +116,7 @@ impl RopeScaling {
                     factor: number("factor")?,
                     low_freq_factor: low,
                     high_freq_factor: high,
-                    original_positions: number("original_max_position_embeddings")?,
+                    original_positions: section.positive(ORIGINAL, max_positions as f64, MOST)? as f32,
                 })
             }
             _ => Err(section.error(key, "`default`, `linear` or `llama3`")),

@@ -4,8 +4,8 @@ use super::{Rope, bounds, check_head_dim, split_heads};
 use crate::error::Result;
 use crate::model::json::Section;
 
-/// A LLaMA: transformers' `LlamaConfig`, or a `MistralConfig` without a sliding window, which is the
-/// same network.
+/// A LLaMA: transformers' `LlamaConfig`, or a `MistralConfig`, which is the same network as long as no position is
+/// further back than its sliding window.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TextConfig {
     /// Rows of the embedding and of the head. May exceed the tokenizer's size: padding rows.
@@ -24,15 +24,18 @@ pub struct TextConfig {
     pub head_dim: usize,
     /// Added to the mean square in every RMSNorm.
     pub rms_norm_eps: f32,
-    /// Positions the model was made for.
+    /// Positions that can be run: those the model was made for, but no more than `sliding_window`.
     pub max_positions: usize,
+    /// The sliding window, if it is what ends `max_positions`: beyond it Mistral would attend to the last positions
+    /// alone, which is not done here.
+    pub sliding_window: Option<usize>,
     /// The rotary embedding.
     pub rope: Rope,
     /// Whether q, k, v and o have a bias.
     pub attention_bias: bool,
     /// Whether gate, up and down have a bias.
     pub mlp_bias: bool,
-    /// Whether the head is the embedding.
+    /// Whether the head is the embedding, if the files do not have both: what is there counts.
     pub tie_word_embeddings: bool,
     /// The tokens that end a text, unless `generation_config.json` says otherwise.
     pub eos_token_ids: Vec<u32>,
@@ -56,10 +59,9 @@ impl TextConfig {
         let hidden_size = section.size("hidden_size", 4096, bounds::WIDTH)?;
         let num_heads = section.size("num_attention_heads", 32, bounds::HEADS)?;
         let (ffn, positions) = if mistral { (14336, 131_072) } else { (11008, 2048) };
-        let max_positions = section.size("max_position_embeddings", positions, bounds::CONTEXT)?;
-        if mistral {
-            check_sliding_window(section, max_positions)?;
-        }
+        let made_for = section.size("max_position_embeddings", positions, bounds::CONTEXT)?;
+        let sliding_window =
+            if mistral { sliding_window(section)?.filter(|&window| window < made_for) } else { None };
         Ok(TextConfig {
             vocab_size: section.size("vocab_size", 32000, bounds::VOCAB)?,
             hidden_size,
@@ -69,8 +71,9 @@ impl TextConfig {
             num_kv_heads: num_kv_heads(section, num_heads, mistral)?,
             head_dim: head_dim(section, hidden_size, num_heads)?,
             rms_norm_eps: section.positive("rms_norm_eps", 1e-6, 1.0)? as f32,
-            max_positions,
-            rope: Rope::parse(section)?,
+            max_positions: sliding_window.unwrap_or(made_for),
+            sliding_window,
+            rope: Rope::parse(section, made_for)?,
             attention_bias: section.bool("attention_bias", false)?,
             mlp_bias: section.bool("mlp_bias", false)?,
             tie_word_embeddings: section.bool("tie_word_embeddings", false)?
@@ -105,16 +108,13 @@ fn head_dim(section: &Section, hidden_size: usize, num_heads: usize) -> Result<u
     }
 }
 
-/// Mistral attends through a window of 4096 positions unless `sliding_window` is null. Windows are not
-/// supported; one that reaches over all positions is none.
-fn check_sliding_window(section: &Section, max_positions: usize) -> Result<()> {
+/// `sliding_window` of a Mistral: 4096 positions if absent, none if null.
+fn sliding_window(section: &Section) -> Result<Option<usize>> {
     const KEY: &str = "sliding_window";
-    let unbounded = section.has(KEY) && section.get(KEY).is_none();
-    if unbounded || section.size(KEY, 4096, 0..=usize::MAX)? >= max_positions {
-        return Ok(());
+    match section.optional_size(KEY, bounds::CONTEXT)? {
+        None if section.has(KEY) => Ok(None),
+        window => Ok(Some(window.unwrap_or(4096))),
     }
-    let expected = format!("null, or no less than max_position_embeddings, {max_positions} (4096 if absent)");
-    Err(section.error(KEY, expected))
 }
 
 /// `eos_token_id`, kept beside or above the other settings; 2 if neither place has the key.

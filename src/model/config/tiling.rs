@@ -58,6 +58,24 @@ pub fn check_processor_tiling(root: &Section, tiling: &Tiling) -> Result<()> {
     }
 }
 
+/// Checks that a `processor_config.json` counts the tokens of a picture as the model does.
+///
+/// # Errors
+/// Another patch size or strategy than `config.json` has. (`num_additional_image_tokens` is 1 for every CLIP tower,
+/// whatever a file says: old ones leave it out.)
+pub fn check_processor(root: &Section, config: &ModelConfig) -> Result<()> {
+    let Some(vision) = &config.vision else { return Ok(()) };
+    let (key, patch) = ("patch_size", vision.patch_size);
+    if root.get(key).is_some_and(|found| found.as_u64() != Some(patch as u64)) {
+        return Err(root.error(key, format!("{patch}, as in config.json")));
+    }
+    let strategy = match config.select {
+        SelectStrategy::Default => "default",
+        SelectStrategy::Full => "full",
+    };
+    root.choice("vision_feature_select_strategy", strategy, &[(strategy, ())])
+}
+
 fn tiling(
     root: &Section,
     vision: &VisionConfig,

@@ -265,9 +265,13 @@ fn errors_are_for_people() {
 #[test]
 fn inspect_describes_models_and_graphs() {
     let card = stdout(&tessera(&["inspect"]));
-    for word in
-        ["CLIP, 4 of 5 blocks", "64 tokens a picture", "vocabulary 640", "memory plan", "transformers 5"]
-    {
+    for word in [
+        "CLIP inside the checkpoint, 4 of 5 blocks",
+        "64 tokens a picture",
+        "vocabulary 640",
+        "memory plan",
+        "transformers 5",
+    ] {
         assert!(card.contains(word), "{word}: {card}");
     }
     for graph in ["vision", "prefill", "decode"] {

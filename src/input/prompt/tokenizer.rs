@@ -220,11 +220,10 @@ impl Tokenizer {
                 let by = SPACE.len();
                 let user: Vec<_> = user.iter().map(|range| range.start + by..range.end + by).collect();
                 let mut ids = self.plain_ids(&format!("{SPACE}{text}"), &user)?;
-                // The slow tokenizer takes its space back from before a special token.
-                if let [space, special, ..] = ids[..]
-                    && self.id(SPACE) == Some(space)
-                    && self.control.contains_key(&special)
-                {
+                // The slow tokenizer takes its space back from before a special token. (An unknown character has the id of
+                // one, and is none.)
+                let special = |id| self.control.get(id).is_some_and(|token| text.starts_with(&token.content));
+                if ids.first().copied() == self.id(SPACE) && ids.get(1).is_some_and(special) {
                     ids.remove(0);
                 }
                 ids

@@ -1,6 +1,9 @@
 //! Adapters beside mapped weights: what they leave alone, how they add up, and that no malformed one gets
 //! further than an error that names what is wrong. That their numbers are right is told in `golden.rs`.
 
+mod spoilt;
+mod torch_file;
+
 use proptest::prelude::*;
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};
@@ -93,6 +96,34 @@ fn adapters_add_up() {
     for (name, other) in [("two halves", &halves), ("minus one and two", &swapped)] {
         let apart = furthest(other, &whole);
         assert!(apart < 5e-4, "{name} is {apart} from the whole");
+    }
+}
+
+/// The same adapters in files of PyTorch, as peft and LLaVA's trainer wrote them for years: the same bits.
+#[test]
+fn a_twin_in_torch_files_makes_the_same_logits() {
+    for name in ["one", "two"] {
+        let (from, twin) = (data("lora_two").join(name), tempfile::tempdir().unwrap());
+        fs::copy(from.join("adapter_config.json"), twin.path().join("adapter_config.json")).unwrap();
+        let mut files = 0;
+        for stem in ["adapter_model", "non_lora_trainables"] {
+            let Ok(file) = fs::read(from.join(stem).with_extension("safetensors")) else { continue };
+            let tensors = spoilt::read(&file);
+            let saved = tensors.iter().map(|t| torch_file::Saved {
+                name: &t.name,
+                dtype: &t.dtype,
+                shape: &t.shape,
+                bytes: &t.bytes,
+            });
+            let bytes = torch_file::save(&saved.collect::<Vec<_>>());
+            fs::write(twin.path().join(stem).with_extension("bin"), bytes).unwrap();
+            files += 1;
+        }
+        assert_eq!(files, if name == "two" { 2 } else { 1 });
+        let twin = Lora { dir: twin.path().into(), scale: 1.0 };
+        let [twin, expected] = [twin, lora(&format!("lora_two/{name}"), 1.0)]
+            .map(|adapter| logits(&mut session(&[adapter], 1), 64));
+        assert_eq!(twin, expected, "{name}");
     }
 }
 

@@ -15,6 +15,9 @@ pub struct Preprocess {
     /// The model whose preprocessing applies: `demo`, a checkpoint directory, or `preset:NAME`
     #[arg(long, default_value = "demo")]
     model: String,
+    /// The model that an adapter or a projector given as --model was trained over
+    #[arg(long, value_name = "DIR")]
+    base: Option<PathBuf>,
     /// A picture; may be given several times
     #[arg(long, value_name = "FILE", required = true)]
     image: Vec<PathBuf>,
@@ -30,7 +33,7 @@ pub struct Preprocess {
 
 impl Preprocess {
     pub fn run(self) -> Result<()> {
-        let options = self.pictures.apply(LoadOptions::default());
+        let options = self.pictures.apply(LoadOptions { base: self.base.clone(), ..LoadOptions::default() });
         let (decode, processor, config) = pictures::load_preprocess(&Source::parse(&self.model)?, &options)?;
         let (side, tiled) = (processor.side(), config.tiling.is_some());
         let out = self.out.as_deref().map(Dump::create).transpose()?;

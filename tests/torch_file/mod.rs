@@ -20,11 +20,13 @@ pub fn save(tensors: &[Saved]) -> Vec<u8> {
 }
 
 /// An archive of entries stored as they are.
+#[allow(dead_code, reason = "each test program uses a part")]
 pub fn zip(entries: &[(&str, &[u8])]) -> Vec<u8> {
     archive(entries, false)
 }
 
 /// The same with the fields of 64 bits that archives of 4 GiB and more have.
+#[allow(dead_code, reason = "each test program uses a part")]
 pub fn zip_64(entries: &[(&str, &[u8])]) -> Vec<u8> {
     archive(entries, true)
 }

@@ -5,9 +5,10 @@
 // Grid [K ceil(G / 16), rows, any number from 1], block 128; G query heads share a key head, and a block serves
 // up to 16 of them, so that their keys are read once. A block walks over chunks of CHUNK positions, which begin
 // at multiples of CHUNK of the absolute position: chunk z, z + gridDim.z and so on. A warp has KEYS positions of
-// a chunk to itself, copies and works on them without waiting for the others. All of a chunk is on its way at
-// once: 64 KiB for heads of 128, and two or three such blocks share a multiprocessor. Memory speed takes 23 KiB
-// of each (4.3 TB/s for 0.7 us over 132 of them).
+// a chunk to itself, a page, which it copies and works on without waiting for the others. All of a chunk is on its way
+// at once: 32 KiB for heads of 128, and up to six such blocks share a multiprocessor. Memory speed takes 23 KiB
+// of each (4.3 TB/s for 0.7 us over 132 of them). Chunks of two pages a warp were slower: at context 1k their 288 blocks
+// are two on some multiprocessors and three on others.
 //
 // Nothing depends on the size of the grid but speed. Blocks that find no chunk exit at once; so one captured
 // launch serves every length, and later chunks are later blocks, which leave the way free for those with work.
@@ -17,11 +18,11 @@
 // arrives last (a ticket) puts them together; one block alone adds them as it goes. The bits are the same.
 //
 // Cost: 4 K E bytes for each position of each row; a layer of LLaMA-7B at context 1k: 16.8 MB, 3.9 us at
-// 4.3 TB/s. A chunk that passes through the workspace adds 8 (E + 2) bytes to 4 E CHUNK: 1.6 %, which L2 keeps.
+// 4.3 TB/s. A chunk that passes through the workspace adds 8 (E + 2) bytes to 4 E CHUNK: 3 %, which L2 keeps.
 #include "attention.cuh"
 
 constexpr int WARPS = 4;
-constexpr int KEYS = 2 * PAGE;       // positions of a warp in a chunk
+constexpr int KEYS = PAGE;           // positions of a warp in a chunk
 constexpr int CHUNK = WARPS * KEYS;  // attention.rs has the same number
 
 struct PagedDecodeArgs {
@@ -102,14 +103,6 @@ template <int E> struct Found {
     }
 };
 
-// A warp starts to copy its `rows` rows of a chunk, from two places, as one group of copies.
-template <class T, int E>
-DEVICE void copy_pages(T* shared, const void* pages, const int64_t (&at)[2], int rows, int cols) {
-    copy_rows<T, E>(shared, (const T*)pages + at[0], cols, rows, cols);
-    copy_rows<T, E>(shared + PAGE * ROW<E>, (const T*)pages + at[1], cols, rows - PAGE, cols);
-    commit_copies();
-}
-
 // This warp's KEYS positions of a chunk, of which it sees `seen`; without any, it finds nothing.
 template <class T, int E>
 DEVICE void attend(Queries<T, E>& queries, const T* keys, const T* values, int seen, float scale) {
@@ -132,13 +125,15 @@ template <class T, int E> DEVICE void paged_decode(const PagedDecodeArgs& args) 
     T* const keys = (T*)shared + warp_id() * KEYS * ROW<E>;
     T* const values = keys + CHUNK * ROW<E>;
     Found<E>& found = *(Found<E>*)shared;
-    static_assert(sizeof(Found<E>) <= 2 * CHUNK * ROW<E> * sizeof(T), "where the keys and values were");
+    // Where the keys and values were; it is somewhat larger than they.
+    constexpr int STAGE = 2 * CHUNK * ROW<E> * sizeof(T) > sizeof(Found<E>) ? 2 * CHUNK * ROW<E> * sizeof(T) : sizeof(Found<E>);
 
     const int row = blockIdx.y, cols = args.head_dim, group = args.group;
     const int tiles = (group + ROWS - 1) / ROWS, tile = blockIdx.x % tiles * ROWS;
     const int kv_head = blockIdx.x / tiles, first_head = kv_head * group + tile, heads = min(group - tile, ROWS);
 
-    const int seen = args.positions[row] + 1, chunks = (seen + CHUNK - 1) / CHUNK;
+    // Both are on their way before the first is waited for.
+    const int start = args.starts[row], seen = args.positions[row] + 1, chunks = (seen + CHUNK - 1) / CHUNK;
     if ((int)blockIdx.z >= chunks) return;
     const int slot = chunks_before(args.positions, row);
     const bool alone = gridDim.z == 1 || chunks == 1 || slot + chunks > (int)args.slots;
@@ -150,13 +145,13 @@ template <class T, int E> DEVICE void paged_decode(const PagedDecodeArgs& args) 
     static_assert(2 * PAIRS == WARPS * WARP && 2 * PAIRS >= E, "every pair of columns has a thread");
     const int my_head = threadIdx.x / PAIRS, pair = threadIdx.x % PAIRS, col = 2 * pair;
     const int my_heads = mask(col < cols) ? heads : 0;
-    Partial* const sums = (Partial*)(shared + 2 * CHUNK * ROW<E> * sizeof(T)) + pair;  // [heads][PAIRS]
+    Partial* const sums = (Partial*)(shared + STAGE) + pair;  // [heads][PAIRS]
     for (int head = my_head; head < my_heads; head += 2) sums[head * PAIRS] = NOTHING;
 
-    // Where this warp's two pages of a chunk are. Behind the last one there is nothing to copy, wherever it would be.
-    const int32_t* table = args.tables + args.starts[row];
-    auto find = [&](int chunk, int i) {
-        int position = min(chunk * CHUNK + warp_id() * KEYS + i * PAGE, seen - 1);
+    // Where this warp's page of a chunk is. Behind the last one there is nothing to copy, wherever it would be.
+    const int32_t* table = args.tables + start;
+    auto find = [&](int chunk) {
+        int position = min(chunk * CHUNK + warp_id() * KEYS, seen - 1);
         return ((int64_t)table[position / PAGE] * (args.heads / group) + kv_head) * PAGE * cols;
     };
     auto at = [&](int chunk, int head) { return (int64_t)(slot + chunk) * args.heads + first_head + head; };
@@ -166,13 +161,14 @@ template <class T, int E> DEVICE void paged_decode(const PagedDecodeArgs& args) 
         *(uint32_t*)to = pack2<T>(sum.o[0] * inverse, sum.o[1] * inverse);
     };
 
-    int64_t pages[2] = {find(blockIdx.z, 0), find(blockIdx.z, 1)};
+    int64_t page = find(blockIdx.z);
     for (int chunk = blockIdx.z; chunk < chunks; chunk += step) {
         const int rows = seen - chunk * CHUNK - warp_id() * KEYS;
-        copy_pages<T, E>(keys, args.k, pages, rows, cols);
-        copy_pages<T, E>(values, args.v, pages, rows, cols);
-        pages[0] = find(chunk + step, 0);
-        pages[1] = find(chunk + step, 1);
+        copy_rows<T, E>(keys, (const T*)args.k + page, cols, rows, cols);
+        commit_copies();
+        copy_rows<T, E>(values, (const T*)args.v + page, cols, rows, cols);
+        commit_copies();
+        page = find(chunk + step);
 
         // Loaded again for each chunk, while its keys are on their way, rather than held over all of them.
         Queries<T, E> queries;
@@ -222,11 +218,11 @@ template <class T, int E> DEVICE void paged_decode(const PagedDecodeArgs& args) 
     }
 }
 
-KERNEL(128, 4, paged_decode_64_bf16, PagedDecodeArgs) { paged_decode<bf16, 64>(args); }
-KERNEL(128, 4, paged_decode_64_f16, PagedDecodeArgs) { paged_decode<f16, 64>(args); }
-KERNEL(128, 3, paged_decode_80_bf16, PagedDecodeArgs) { paged_decode<bf16, 80>(args); }
-KERNEL(128, 3, paged_decode_80_f16, PagedDecodeArgs) { paged_decode<f16, 80>(args); }
-KERNEL(128, 3, paged_decode_96_bf16, PagedDecodeArgs) { paged_decode<bf16, 96>(args); }
-KERNEL(128, 3, paged_decode_96_f16, PagedDecodeArgs) { paged_decode<f16, 96>(args); }
-KERNEL(128, 3, paged_decode_128_bf16, PagedDecodeArgs) { paged_decode<bf16, 128>(args); }
-KERNEL(128, 3, paged_decode_128_f16, PagedDecodeArgs) { paged_decode<f16, 128>(args); }
+KERNEL(128, 6, paged_decode_64_bf16, PagedDecodeArgs) { paged_decode<bf16, 64>(args); }
+KERNEL(128, 6, paged_decode_64_f16, PagedDecodeArgs) { paged_decode<f16, 64>(args); }
+KERNEL(128, 5, paged_decode_80_bf16, PagedDecodeArgs) { paged_decode<bf16, 80>(args); }
+KERNEL(128, 5, paged_decode_80_f16, PagedDecodeArgs) { paged_decode<f16, 80>(args); }
+KERNEL(128, 5, paged_decode_96_bf16, PagedDecodeArgs) { paged_decode<bf16, 96>(args); }
+KERNEL(128, 5, paged_decode_96_f16, PagedDecodeArgs) { paged_decode<f16, 96>(args); }
+KERNEL(128, 5, paged_decode_128_bf16, PagedDecodeArgs) { paged_decode<bf16, 128>(args); }
+KERNEL(128, 5, paged_decode_128_f16, PagedDecodeArgs) { paged_decode<f16, 128>(args); }

@@ -13,12 +13,12 @@ const THREADS: u32 = 128;
 /// Query rows of a block of many rows, and positions of one of its tiles.
 const TILE: usize = 64;
 /// Positions that one block of decode has in shared memory: part of the reduction order.
-const CHUNK: usize = 128;
+const CHUNK: usize = 64;
 /// Query heads of a key head that one block of decode serves.
 const HEADS: usize = 16;
-/// Blocks of decode that there are at least, if there is work for them: a multiprocessor holds two or three at a
+/// Blocks of decode that there are at least, if there is work for them: a multiprocessor holds five or six at a
 /// time, and a few rounds of them hide that some are shorter. A row's bits do not depend on it.
-const BLOCKS_PER_MULTIPROCESSOR: usize = 8;
+const BLOCKS_PER_MULTIPROCESSOR: usize = 16;
 
 /// Head sizes that kernels exist for, with their names. Others are padded with zeros to the next.
 const SIZES: [(usize, &str, &str); 4] = [
@@ -236,9 +236,11 @@ const fn prefill_shared(size: usize) -> usize {
     2 * 2 * TILE * shared_row(size)
 }
 
-/// A chunk of keys and one of values, and 1 KiB of sums for each head of the block.
+/// A chunk of keys and one of values, or what the warps found in them for 16 heads (`Found` in paged_decode.cu); and
+/// 1 KiB of sums for each head of the block.
 const fn decode_shared(size: usize, heads: usize) -> usize {
-    2 * CHUNK * shared_row(size) + 1024 * heads
+    let (stage, found) = (2 * CHUNK * shared_row(size), 4 * HEADS * (size + 8 + 2) * size_of::<f32>());
+    (if stage > found { stage } else { found }) + 1024 * heads
 }
 
 // What a block may have on every GPU from sm_80 on.

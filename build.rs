@@ -25,6 +25,9 @@ const ARCHITECTURES: [&str; 4] = ["80", "90", "100", "120"];
 /// kernels use, so that it serves every GPU that the list above does not.
 const PTX: &str = "80";
 
+/// Each primitive in a kernel of its own, so that a test may ask a GPU what it makes of it.
+const PROBES: &str = "kernels/emu/probes.cu";
+
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
     println!("cargo:rerun-if-changed=kernels");
@@ -40,7 +43,7 @@ fn main() {
             println!(
                 "cargo:warning=no nvcc found: this build has no kernels for GPUs (kernels/fetch-nvcc gets one)"
             );
-            embed(&[], "", &out);
+            embed(&[], &[], "", &out);
         }
     }
     #[cfg(feature = "emu")]
@@ -104,7 +107,7 @@ fn compile_for_gpus(nvcc: &Path, out: &Path) {
     options.push(format!("-gencode=arch=compute_{PTX},code=compute_{PTX}").into());
 
     let mut jobs = Vec::new();
-    for source in files("kernels", "cu") {
+    for source in files("kernels", "cu").into_iter().chain([PathBuf::from(PROBES)]) {
         let product = out.join(source.file_stem().expect("a file name")).with_extension("fatbin");
         let mut command = Command::new(nvcc);
         command.args(&options).arg(&source).arg("-o").arg(&product);
@@ -115,23 +118,27 @@ fn compile_for_gpus(nvcc: &Path, out: &Path) {
     }
     let products: Vec<_> = jobs.iter().map(|job| job.product.clone()).collect();
     run(jobs, &version);
-    embed(&products, &version, out);
+    let (probes, kernels) = products.split_last().expect("the probes, at least");
+    embed(kernels, std::slice::from_ref(probes), &version, out);
 }
 
-/// Writes the list of fat binaries that the library includes.
-fn embed(products: &[PathBuf], version: &str, out: &Path) {
-    let mut text = format!(
-        "/// The compiler that made the kernels; empty: none did.\npub const COMPILER: &str = {version:?};\n\
-         /// One module for each file of `kernels/`.\npub const MODULES: &[Module] = &[\n"
-    );
-    for product in products {
+/// Writes the lists of fat binaries that the library includes.
+fn embed(kernels: &[PathBuf], probes: &[PathBuf], version: &str, out: &Path) {
+    let module = |product: &PathBuf| {
         let name = product.file_stem().expect("a file name").to_string_lossy();
         let resources = product.with_extension("resources");
-        text += &format!(
+        format!(
             "    Module {{ name: {name:?}, image: include_bytes!({product:?}), resources: include_str!({resources:?}) }},\n"
-        );
-    }
-    text += "];\n";
+        )
+    };
+    let modules = |products: &[PathBuf]| products.iter().map(module).collect::<String>();
+    let text = format!(
+        "/// The compiler that made the kernels; empty: none did.\npub const COMPILER: &str = {version:?};\n\
+         /// One module for each file of `kernels/`.\npub const MODULES: &[Module] = &[\n{}];\n\
+         /// `kernels/emu/probes.cu`: each primitive alone, for a test.\npub const PROBES: &[Module] = &[\n{}];\n",
+        modules(kernels),
+        modules(probes),
+    );
     write(&out.join("kernels.rs"), text.as_bytes());
 }
 
@@ -249,7 +256,12 @@ mod emulated {
         for source in files("kernels", "cu").into_iter().chain(files("kernels/emu", "cu")) {
             let mut build = cc::Build::new();
             build.opt_level(2).define("EMU", None);
-            for flag in ["-fsanitize=thread", "-ffp-contract=off", "-Wno-unknown-pragmas"] {
+            for flag in [
+                "-fsanitize=thread",
+                "-fsanitize-coverage=trace-pc",
+                "-ffp-contract=off",
+                "-Wno-unknown-pragmas",
+            ] {
                 build.flag(flag);
             }
             build.flag_if_supported("-fno-tree-loop-distribute-patterns");

@@ -158,7 +158,7 @@ fn fixtures_lose_no_more_than_16_bits_cost() {
 
 #[test]
 fn the_demo_loses_no_more_than_16_bits_cost() {
-    let picture = std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/assets/samples/scene1.png")).unwrap();
+    let picture = std::fs::read("assets/samples/scene1.png").unwrap();
     let question = Question {
         source: Source::Demo,
         prompt: Input::Raw("USER: <image>\nWhere is the circle? ASSISTANT:".into()),

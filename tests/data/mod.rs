@@ -41,9 +41,9 @@ impl CaseRequest {
     }
 }
 
-/// The folder of all cases.
+/// The folder of all cases, from where cargo runs tests, and `scripts/gpu/prove` those that it carries.
 pub fn folder() -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/data")
+    PathBuf::from("tests/data")
 }
 
 #[allow(dead_code, reason = "each test program uses a part")]

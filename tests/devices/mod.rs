@@ -53,12 +53,26 @@ pub fn drivers() -> Vec<Opened> {
         let driver = Arc::new(emulator.clone());
         drivers.push(Opened { driver, reseed: Box::new(move |seed| emulator.reseed(seed)) });
     }
-    match gpu::Gpu::open(0) {
-        Ok(gpu) => drivers.push(Opened { driver: Arc::new(gpu), reseed: Box::new(|_| {}) }),
-        Err(reason) => println!("not on a GPU: {reason}"),
+    if let Some(driver) = gpu(gpu::MODULES) {
+        drivers.push(Opened { driver, reseed: Box::new(|_| {}) });
     }
     if drivers.is_empty() {
         println!("skipped: no GPU, and this build is without the feature `emu`");
     }
     drivers
+}
+
+/// The GPU of this machine with these kernels. Without one the tests say so, or fail if `TESSERA_NEEDS_GPU` is set,
+/// as `scripts/gpu/prove` sets it: what ran on no GPU proves nothing of one.
+pub fn gpu(modules: &'static [gpu::Module]) -> Option<Arc<dyn Driver>> {
+    match gpu::Gpu::open_with(0, modules) {
+        Ok(gpu) => Some(Arc::new(gpu)),
+        Err(reason) if std::env::var_os("TESSERA_NEEDS_GPU").is_some() => {
+            panic!("TESSERA_NEEDS_GPU is set, and there is no GPU to test: {reason}")
+        }
+        Err(reason) => {
+            println!("not on a GPU: {reason}");
+            None
+        }
+    }
 }

@@ -24,12 +24,12 @@ pub struct Module {
     pub resources: &'static str,
 }
 
-/// What [`MODULES`] and the compiler that made them are, from the build.
+/// What [`MODULES`], [`PROBES`] and the compiler that made them are, from the build.
 mod embedded {
     use super::Module;
     include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 }
-pub use embedded::{COMPILER, MODULES};
+pub use embedded::{COMPILER, MODULES, PROBES};
 
 /// What a build that found no nvcc lacks.
 pub const NO_KERNELS: &str = "this build has no kernels for GPUs";

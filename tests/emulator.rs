@@ -1,9 +1,8 @@
 //! The emulated device itself: each of its detectors finds the fault that is planted for it in
-//! `kernels/emu/faults.cu`, under every seed, and none speaks where there is no fault; and its arithmetic and lane
-//! maps agree with sources that it was not written from.
+//! `kernels/emu/faults.cu`, under every seed, and none speaks where there is no fault. What its primitives compute is
+//! the subject of probes.rs.
 #![cfg(feature = "emu")]
 
-use half::{bf16, f16};
 use tessera::backend::cuda::driver::{Driver, Shape};
 use tessera::backend::cuda::emu::{self, Emulator};
 
@@ -73,16 +72,21 @@ fn planted(device: &Device, name: &str, fault: u32) -> Result<(), String> {
 
 /// Kernel, fault, and one of the texts with which it is told. Where two threads meet in a race, the order decides
 /// whether the one reads what is not written yet or what is written beside it.
-const PLANTED: [(&str, u32, &[&str]); 47] = [
+const PLANTED: [(&str, u32, &[&str]); 54] = [
     ("past_the_end", 1, &["reads 4 bytes, 0 past the end of `x` (1024 bytes)"]),
     ("before_the_beginning", 1, &["reads 4 bytes, 4 before `x`"]),
     ("stray", 1, &["which is no memory of this device"]),
     ("past_shared", 1, &["writes 4 bytes, 0 past the end of shared memory (256 bytes)"]),
     ("misaligned", 1, &["not a multiple of 4"]),
     ("misaligned", 2, &["not a multiple of 16"]),
+    ("misaligned", 3, &["touches 8 bytes at"]),
+    ("misaligned", 4, &["not a multiple of 16"]),
+    ("misaligned", 5, &["not a multiple of 16"]),
+    ("misaligned", 6, &["not a multiple of 16"]),
     ("unwritten", 1, &["of `y` that nothing has written"]),
     ("half_written", 1, &["of `y` that nothing has written"]),
     ("unwritten_shared", 1, &["reads 4 bytes at offset 0 of shared memory that nothing has written"]),
+    ("left_by_another_block", 1, &["of shared memory that nothing has written"]),
     ("host_memory", 1, &["no memory of this device"]),
     ("others_local", 1, &["no memory of this device"]),
     ("read_after_write", 1, &["race: reads", "reads 4 bytes at offset"]),
@@ -113,10 +117,12 @@ const PLANTED: [(&str, u32, &[&str]); 47] = [
     ("collectives", 4, &["ends while threads of its block wait at", "threads of its block that have ended"]),
     ("collectives", 5, &["lanes of its warp that have ended", "ends while lanes of its warp wait"]),
     ("collectives", 6, &["ends while threads of its block wait at", "threads of its block that have ended"]),
+    ("collectives", 7, &["ends while lanes of its warp wait", "lanes of its warp that have ended"]),
     ("stack", 1, &["needs more than 49152 bytes of stack"]),
     ("never_ends", 1, &["does not end"]),
     ("never_ends", 2, &["does not end"]),
     ("never_ends", 3, &["does not end"]),
+    ("never_ends", 4, &["does not end"]),
     // Right, whatever the order.
     ("masked", 0, &[]),
     ("last_block", 0, &[]),
@@ -219,7 +225,11 @@ fn host_calls_are_checked() {
     told(device.launch("fault_copies", 1, 128, &args), "64 threads at most");
     told(device.launch("fault_copies", 1, 64, &args[..3]), "24 bytes of arguments, the kernel has 32");
     told(device.launch("fault_copies", 0, 64, &args), "a grid of 0x1x1");
-    told(device.launch_with("fault_copies", 1, 64, 256 << 10, &args), "shared memory");
+    let most = Emulator::LIMITS.shared_per_block;
+    told(
+        device.launch_with("fault_copies", 1, 64, most + 16, &args),
+        "shared memory; a block of this device has",
+    );
     told(device.launch("fault_copied", 1, 64, &args), "no kernel fault_copied");
     // SAFETY: nothing uses it but the kernel below, which is told so.
     unsafe { device.0.free(x) };
@@ -273,171 +283,4 @@ fn devices_run_side_by_side() {
             });
         }
     });
-}
-
-// ---- arithmetic and lane maps ----
-
-/// Pseudo-random bits.
-fn bits(n: usize, seed: u64) -> Vec<u32> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let step = |_| {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (state >> 32) as u32
-    };
-    (0..n).map(step).collect()
-}
-
-fn probe(kernel: &str, grid: u32, block: u32, input: &[u32], outputs: usize) -> Vec<u32> {
-    let device = Device::new(1);
-    let (x, y) = (device.upload("in", input), device.alloc("out", outputs * 4));
-    device.launch(kernel, grid, block, &[x, y, pair(input.len() as u32, 0)]).unwrap();
-    device.download(y, outputs).unwrap()
-}
-
-/// Fragments are laid out by CuTe's layouts of the instruction (CUTLASS, `mma_traits_sm80.hpp`), which give for
-/// thread t and value v an index into the matrix by columns: A `((4,8),(2,2,2)):((32,1),(16,8,128))` of 16x16,
-/// B `((4,8),(2,2)):((16,1),(8,64))` of 8x16, C `((4,8),(2,2)):((32,1),(16,8))` of 16x8.
-#[test]
-fn mma_agrees_with_the_layouts_of_cute() {
-    let a_at = |t: usize, v: usize| t % 4 * 32 + t / 4 + v % 2 * 16 + v / 2 % 2 * 8 + v / 4 * 128;
-    let b_at = |t: usize, v: usize| t % 4 * 16 + t / 4 + v % 2 * 8 + v / 2 * 64;
-    let c_at = |t: usize, v: usize| t % 4 * 32 + t / 4 + v % 2 * 16 + v / 2 * 8;
-    for (kernel, widen) in [
-        ("probe_mma_bf16", (|x| bf16::from_bits(x).to_f64()) as fn(u16) -> f64),
-        ("probe_mma_f16", |x| f16::from_bits(x).to_f64()),
-    ] {
-        // Numbers of size 2^-3 to 2^4, in either type.
-        let narrow = |x: u32| match kernel {
-            "probe_mma_bf16" => (x & 0x807f) as u16 | ((124 + (x >> 16) % 8) << 7) as u16,
-            _ => (x & 0x83ff) as u16 | ((12 + (x >> 16) % 8) << 10) as u16,
-        };
-        let [a, b]: [Vec<u16>; 2] =
-            [(256, 1), (128, 2)].map(|(n, seed)| bits(n, seed).into_iter().map(narrow).collect());
-        let c: Vec<f32> = bits(128, 3).into_iter().map(|x| x as f32 / 1e8 - 20.0).collect();
-        let word = |m: &[u16], low: usize, high: usize| u32::from(m[low]) | u32::from(m[high]) << 16;
-        let mut input = Vec::new();
-        for t in 0..32 {
-            input.extend((0..4).map(|i| word(&a, a_at(t, 2 * i), a_at(t, 2 * i + 1))));
-            input.extend((0..2).map(|i| word(&b, b_at(t, 2 * i), b_at(t, 2 * i + 1))));
-            input.extend((0..4).map(|v| c[c_at(t, v)].to_bits()));
-        }
-        let out = probe(kernel, 1, 32, &input, 128);
-        for t in 0..32 {
-            for v in 0..4 {
-                let at = c_at(t, v);
-                let (m, n) = (at % 16, at / 16);
-                let products = (0..16).map(|k| widen(a[m + 16 * k]) * widen(b[n + 8 * k]));
-                let expected = (products.sum::<f64>() + f64::from(c[at])) as f32;
-                assert_eq!(f32::from_bits(out[t * 4 + v]), expected, "{kernel}: thread {t}, value {v}");
-            }
-        }
-    }
-}
-
-/// By CuTe's traits (`copy_traits_sm75.hpp`): thread t reads bits `32 t + 1024 i` on of the four matrices' rows laid
-/// end to end; transposed, half h is at bit `256 (t % 4) + 16 (t / 4) + 128 h + 1024 i`.
-#[test]
-fn load_matrices_agrees_with_the_layouts_of_cute() {
-    let elements: Vec<u16> = (0..256).map(|i| 0x4000 + i).collect();
-    let out = probe("probe_load_matrices", 1, 32, bytemuck::cast_slice(&elements), 256);
-    for t in 0..32 {
-        for i in 0..4 {
-            let at = (32 * t + 1024 * i) / 16;
-            let plain = u32::from(elements[at]) | u32::from(elements[at + 1]) << 16;
-            let at = (256 * (t % 4) + 16 * (t / 4) + 1024 * i) / 16;
-            let transposed = u32::from(elements[at]) | u32::from(elements[at + 8]) << 16;
-            assert_eq!(out[4 * t + i], plain, "thread {t}, matrix {i}");
-            assert_eq!(out[128 + 4 * t + i], transposed, "transposed: thread {t}, matrix {i}");
-        }
-    }
-}
-
-#[test]
-fn shuffles_take_from_the_lane_named() {
-    let x = bits(32, 4);
-    let odd = (0..32).filter(|l| x[*l] % 2 == 1).fold(0u32, |odd, l| odd | 1 << l);
-    let out = probe("probe_shuffle", 1, 32, &x, 128);
-    for l in 0..32 {
-        assert_eq!(out[4 * l..4 * l + 4], [x[(7 * l + 3) % 32], x[l ^ 5], x[l ^ 16], odd], "lane {l}");
-    }
-}
-
-#[test]
-fn memory_moves_whole_and_in_place() {
-    let input = bits(33 * 4, 6);
-    let device = Device::new(1);
-    let (x, y) = (device.upload("in", &input), device.alloc("out", 512));
-    device.launch("probe_memory", 1, 32, &[x, y, pair(20, 0)]).unwrap();
-    let out: Vec<u32> = device.download(y, 128).unwrap();
-    for i in 0..128 {
-        let copied = if i / 4 < 20 { input[i] } else { 0 };
-        let sum = [2, 3]
-            .into_iter()
-            .zip([input[i + 4], input[i]])
-            .fold(copied, |sum, (n, x)| sum.wrapping_add(x.wrapping_mul(n)));
-        assert_eq!(out[i], sum.wrapping_add(32), "word {i}");
-    }
-}
-
-/// Within two units in the last place of f64, as the PTX ISA promises of the chip; subnormals are zeroes.
-#[test]
-fn approximate_functions_are_near() {
-    let mut input = bits(20_000, 7);
-    input.extend([
-        0,
-        1,
-        0x7f_ffff,
-        0x80_0000,
-        0x8000_0001,
-        0x7f80_0000,
-        0xff80_0000,
-        0x3f80_0000,
-        0x7e80_0001,
-        0xc2fc_0001,
-    ]);
-    let out = probe("probe_approximate", (input.len() as u32).div_ceil(256), 256, &input, input.len() * 2);
-    let flush = |x: f32| if x.is_subnormal() { 0f32.copysign(x) } else { x };
-    for (x, out) in input.iter().zip(out.chunks_exact(2)) {
-        let x = flush(f32::from_bits(*x));
-        for (name, found, exact) in [("2^", out[0], f64::from(x).exp2()), ("1/", out[1], 1.0 / f64::from(x))]
-        {
-            let (found, exact) = (f32::from_bits(found), flush(exact as f32));
-            let units = i64::from(found.to_bits() as i32) - i64::from(exact.to_bits() as i32);
-            assert!(
-                units.abs() <= 2 || (found.is_nan() && exact.is_nan()),
-                "{name}{x:e}: {found:e}, exactly {exact:e}"
-            );
-        }
-    }
-}
-
-/// Against the crate `half`: every 16-bit float, and f32 of every exponent, on ties and beside them.
-#[test]
-fn conversions_round_to_nearest_even() {
-    let mut input: Vec<u32> = (0..=0xffff).collect();
-    input.extend(bits(20_000, 5));
-    for exponent in 0..=255u32 {
-        for mantissa in [
-            0, 1, 0xfff, 0x1000, 0x1001, 0x2fff, 0x3000, 0x3001, 0x7fff, 0x8000, 0x8001, 0x1_7fff, 0x1_8000,
-            0x1_8001, 0x7f_efff, 0x7f_f000, 0x7f_7fff, 0x7f_8000, 0x7f_ffff,
-        ] {
-            input.extend([exponent << 23 | mantissa, 1 << 31 | exponent << 23 | mantissa]);
-        }
-    }
-    let out = probe("probe_convert", (input.len() as u32).div_ceil(256), 256, &input, input.len() * 4);
-    let same =
-        |ours: f32, theirs: f32| ours.to_bits() == theirs.to_bits() || (ours.is_nan() && theirs.is_nan());
-    for (x, out) in input.iter().zip(out.chunks_exact(4)) {
-        let value = f32::from_bits(*x);
-        let (b, h) = (out[0] as u16, out[1] as u16);
-        assert_eq!([out[0] >> 16, out[1] >> 16], [0x3f80, 0x3c00], "the high half is 1");
-        if value.is_nan() {
-            assert_eq!([b, h], [0x7fff; 2], "{x:08x}: the canonical NaN");
-        } else {
-            assert_eq!(b, bf16::from_f32(value).to_bits(), "{x:08x} to bf16");
-            assert_eq!(h, f16::from_f32(value).to_bits(), "{x:08x} to f16");
-        }
-        assert!(same(f32::from_bits(out[2]), f16::from_bits(*x as u16).to_f32()), "{x:04x} from f16");
-        assert!(same(f32::from_bits(out[3]), bf16::from_bits(*x as u16).to_f32()), "{x:04x} from bf16");
-    }
 }

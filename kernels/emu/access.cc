@@ -153,7 +153,10 @@ __attribute__((always_inline)) inline void access(const void* at, size_t bytes =
 
 }  // namespace
 
-void never_ends() { fault("does not end: %lld accesses and collectives in one block's time", (long long)STEPS); }
+void never_ends() {
+    fault("does not end: %lld accesses and collectives, or %lld branches, in one block's time", (long long)STEPS,
+          (long long)BRANCHES);
+}
 
 void check_alignment(const void* at, size_t n) {
     if ((uintptr_t)at % n) fault("touches %zu bytes at %p, which is not a multiple of %zu", n, at, n);
@@ -235,6 +238,10 @@ void add_shared(uint32_t* at, uint32_t x) {
 // uses one, instead of a primitive of ptx.cuh, does not link.
 using namespace emu;
 extern "C" {
+// The call that -fsanitize-coverage=trace-pc puts at each branch's target: a loop that touches no memory shows here.
+void __sanitizer_cov_trace_pc() {
+    if (here && --here->block->launch->branches_left < 0) never_ends();
+}
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}

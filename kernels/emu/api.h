@@ -5,12 +5,13 @@
 // How it is compiled (GCC 12 or later, or clang; C++17), all into one archive linked whole, because kernels
 // register themselves when the program starts:
 //   the device   -O3 -std=c++17                       kernels/emu/*.cc
-//   the kernels  -O2 -std=c++17 -x c++ -DEMU -fsanitize=thread -fno-tree-loop-distribute-patterns
-//                -ffp-contract=off -Wno-unknown-pragmas   kernels/*.cu kernels/emu/*.cu
-// -fsanitize=thread only puts a call before each access; those calls end in access.cc, so the sanitizer's own
-// runtime is not linked: the flag is given to the compiler, not to the linker. Where it is known,
-// --param=tsan-instrument-func-entry-exit=0 (GCC), or -mllvm -tsan-instrument-func-entry-exit=0 (clang), saves
-// two calls per function. Line tables (-g1) let `addr2line` name the line of a fault.
+//   the kernels  -O2 -std=c++17 -x c++ -DEMU -fsanitize=thread -fsanitize-coverage=trace-pc
+//                -fno-tree-loop-distribute-patterns -ffp-contract=off -Wno-unknown-pragmas
+//                kernels/*.cu kernels/emu/*.cu
+// -fsanitize=thread only puts a call before each access, and coverage one at each branch's target; those calls end in
+// access.cc, so the sanitizer's own runtime is not linked: the flags are given to the compiler, not to the linker.
+// Where it is known, --param=tsan-instrument-func-entry-exit=0 (GCC), or -mllvm -tsan-instrument-func-entry-exit=0
+// (clang), saves two calls per function. Line tables (-g1) let `addr2line` name the line of a fault.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>

@@ -27,6 +27,8 @@ constexpr size_t STACK = (size_t)64 << 10, STACK_SPARE = (size_t)16 << 10;
 // Accesses and arrivals in the time of one block. The longest block of a real model (a 128x128 tile of Linear,
 // K = 13824) takes some five million; 67 million take half a second.
 constexpr int64_t STEPS = (int64_t)1 << 26;
+// The same for branches, of which loops that touch no memory are made.
+constexpr int64_t BRANCHES = (int64_t)1 << 28;
 // Ticks after which a device's stamps are cleared, at the next launch: often enough that tests go through it.
 constexpr Time TICKS = 1 << 20;
 constexpr uint32_t MAX_SHARED = 227 << 10;  // bytes of a block, on any device
@@ -160,7 +162,7 @@ struct Launch {
     Index grid, block;
     uint32_t threads, shared_bytes;
     Time start;
-    int64_t steps_left;  // accesses and arrivals before the kernel counts as one that never ends
+    int64_t steps_left, branches_left;  // before the kernel counts as one that never ends
     bool failed;
     void* scheduler;  // its stack pointer while a lane runs
     Random random;

@@ -35,11 +35,21 @@ FAULT(past_shared) {
     ((float*)shared)[threadIdx.x + args.fault] = 0.0f;
 }
 
+// 1: four bytes; 2: sixteen; 3: eight; an asynchronous copy 4: from, 5: to; 6: rows of matrices.
 FAULT(misaligned) {
-    uint32_t i = global_thread();
-    if (args.fault == 1) args.y[i] = *(const float*)((const char*)args.x + 2);
-    else if (args.fault == 2) store16(args.y + i % 4, load16(args.x));
+    SHARED(shared);
+    uint32_t i = global_thread(), fault = args.fault;
+    float* s = (float*)shared + 4 * threadIdx.x;
+    if (fault == 1) args.y[i] = *(const float*)((const char*)args.x + 2);
+    else if (fault == 2) store16(args.y + i % 4, load16(args.x));
+    else if (fault == 3) args.y[i] = (float)*(const uint64_t*)(args.x + 1);
     else args.y[i] = 0.0f;
+    copy16_async(s + (fault == 5 ? 2 : 0), args.x + (fault == 4 ? 1 : 0), true);
+    commit_copies();
+    wait_copies<0>();
+    sync_block();
+    uint32_t rows[4];
+    load_matrices(rows, s + (fault == 6 ? 2 : 0));
 }
 
 FAULT(unwritten) {
@@ -61,6 +71,15 @@ FAULT(unwritten_shared) {
     if (threadIdx.x >= args.fault) s[threadIdx.x] = 1.0f;
     sync_block();
     args.y[global_thread()] = s[threadIdx.x ^ 1];
+}
+
+// What the block before it in the same place has written is not this block's.
+FAULT(left_by_another_block) {
+    SHARED(shared);
+    float* s = (float*)shared;
+    if (!args.fault || blockIdx.x % 2 == 0) s[threadIdx.x] = 1.0f;
+    sync_block();
+    args.y[global_thread()] = s[threadIdx.x];
 }
 
 // A constant may be read; the program's variables, and other threads' locals, are not the device's memory.
@@ -216,7 +235,8 @@ FAULT(copies) {
 // ---- collectives ---------------------------------------------------------------------------------
 
 // 1: half of a warp shuffles; 2: a lane at sync_warp, the others at a shuffle; 3: warps at barriers of different lines;
-// 4: a warp ends before the barrier; 5: a lane ends before a shuffle; 6: a warp ends while the other waits.
+// 4: a warp ends before the barrier; 5: a lane ends before a shuffle; 6: a warp ends while the other waits; 7: a lane
+// goes past the barrier.
 FAULT(collectives) {
     uint32_t t = threadIdx.x, fault = args.fault;
     if (fault == 1 && t % 2) sync_block();
@@ -227,11 +247,11 @@ FAULT(collectives) {
     if (fault == 5 && t == 40) return;
     float x = warp_sum(args.x[t]);
     if (fault == 6 && t < 32) return;
-    sync_block();
+    if (fault != 7 || t != 9) sync_block();
     args.y[global_thread()] = x;
 }
 
-// 1: waits for a value that never comes; 2: the same, in step; 3: without looking at memory.
+// 1: waits for a value that never comes; 2: the same, in step; 3: without looking at memory; 4: with registers alone.
 FAULT(never_ends) {
     const volatile float* x = args.x;
     while (args.fault == 1 && x[0] < 1000.0f) {
@@ -239,6 +259,9 @@ FAULT(never_ends) {
     while (args.fault == 2 && x[0] < 1000.0f) sync_warp();
     while (args.fault == 3 && lanes_where(true)) {
     }
+    uint32_t steps = args.fault;
+    while (steps == 4 || steps > 8) steps = steps == 4 ? 9 : 4;
+    args.y[global_thread()] = (float)steps;
 }
 
 // Right as it is; with its mask switched off it reads past the end.

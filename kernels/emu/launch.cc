@@ -107,7 +107,7 @@ void run(Launch& launch) {
         if (block.waiting == warps) release_barrier(block);
         if (block.exited == warps) {
             launch.device->accesses += (uint64_t)(STEPS - launch.steps_left);
-            launch.steps_left = STEPS;
+            launch.steps_left = STEPS, launch.branches_left = BRANCHES;
             if (todo.empty()) {
                 resident.erase(resident.begin() + turn);
             } else {
@@ -311,7 +311,7 @@ int emu_launch(emu_device* d, const char* name, const uint32_t grid[3], uint32_t
     launch.threads = block;
     launch.shared_bytes = shared;
     launch.start = d->now + 1;
-    launch.steps_left = STEPS;
+    launch.steps_left = STEPS, launch.branches_left = BRANCHES;
     launch.random.state = d->random() | 1;
     launch.off = site(d->off);
     run(launch);

@@ -265,6 +265,12 @@ impl Driver for Emulator {
     }
 
     unsafe fn launch(&self, kernel: Kernel, shape: Shape, args: &[u8]) -> Result<()> {
+        let most = self.limits.shared_per_block;
+        if shape.shared > most {
+            let problem =
+                format!("{} bytes of shared memory; a block of this device has {most} at most", shape.shared);
+            return Err(Error::Device { device: "emu".into(), problem });
+        }
         let mut state = self.lock();
         if let Some((thread, launches)) = &mut state.recording
             && *thread == std::thread::current().id()

@@ -31,6 +31,8 @@ results = {
     "commit": Path("commit").read_text().strip(),
     "gpu_before": text("gpu-before.csv"),
     "gpu_after": text("gpu-after.csv"),
+    # What ran, so that the ledger enters no other.
+    "kernels": (objects("devices") or [{}])[0].get("kernel_digests", {}),
     "parts": parts,
     # What each test program said of its tests and of its headroom.
     "cases": {

@@ -31,7 +31,11 @@ impl Devices {
             let devices: Vec<_> = usable.into_iter().map(Found::json).collect();
             let unavailable: Vec<_> = unusable.into_iter().map(Found::json).collect();
             let kernels = (!gpu::COMPILER.is_empty()).then_some(gpu::COMPILER);
-            let object = json!({ "devices": devices, "unavailable": unavailable, "kernels": kernels });
+            // Results of a run carry them, so that the ledger knows which kernels it was that ran.
+            let digests = ledger::digests();
+            let object = json!({
+                "devices": devices, "unavailable": unavailable, "kernels": kernels, "kernel_digests": digests,
+            });
             return super::print(&format!("{object}\n"));
         }
         let width = found.iter().map(|device| device.name.len()).max().unwrap_or(0);

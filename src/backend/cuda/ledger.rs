@@ -98,11 +98,16 @@ pub fn entries() -> BTreeMap<String, Entry> {
     serde_json::from_str(LEDGER).expect("kernels/ledger.json is well-formed")
 }
 
+/// The digest of every file of kernels in this build.
+pub fn digests() -> BTreeMap<&'static str, String> {
+    let files = SOURCES.iter().map(|(file, _)| *file).filter(|file| file.ends_with(".cu"));
+    files.map(|file| (file, digest(file, SOURCES))).collect()
+}
+
 /// Every file of kernels with its state.
 pub fn states() -> Vec<(&'static str, State)> {
     let entries = entries();
-    let files = SOURCES.iter().map(|(file, _)| *file).filter(|file| file.ends_with(".cu"));
-    files.map(|file| (file, state(entries.get(file), &digest(file, SOURCES)))).collect()
+    digests().into_iter().map(|(file, digest)| (file, state(entries.get(file), &digest))).collect()
 }
 
 /// Whether every file of kernels, as it stands, has passed on a GPU.
@@ -119,7 +124,7 @@ fn state(entry: Option<&Entry>, digest: &str) -> State {
 }
 
 /// SHA-256 over a file and the headers it includes, directly or not, in the order of their names.
-pub fn digest(file: &str, sources: &[(&str, &str)]) -> String {
+fn digest(file: &str, sources: &[(&str, &str)]) -> String {
     let mut wanted = BTreeSet::from([file]);
     let mut todo = vec![file];
     while let Some(name) = todo.pop() {

@@ -15,11 +15,11 @@ use oracle::Oracle;
 use std::sync::Arc;
 use tessera::backend::Backend;
 use tessera::op::Op;
-use tessera::tensor::Rows;
+use tessera::tensor::{DType, Rows, View};
 
 /// The cases of an op, with its rows in both phases where kernels differ.
 fn cases_of(name: &str) -> Vec<Case> {
-    let table = cases::all().into_iter().chain(cases::edges());
+    let table = cases::all().into_iter().chain(cases::edges()).chain(cases::pairs());
     table.filter(|case| case.op.name() == name).flat_map(in_phases).collect()
 }
 
@@ -81,6 +81,37 @@ fn rows_alone(case: &Case, backend: &Arc<dyn Backend>, whole: &Results) {
         }
         for (alone, all) in one.run(backend.clone(), &data).iter().zip(whole) {
             assert_eq!(alone[..], all[row * alone.len()..(row + 1) * alone.len()], "{case}: row {row} alone");
+        }
+    }
+}
+
+/// A number that is not finite is found wherever it stands, and no other is taken for one.
+#[test]
+fn what_is_not_finite_is_found() {
+    for Tested { backend, .. } in devices() {
+        let dtype = backend.dtype();
+        for len in [1, 7, 8, 1001, 70_000] {
+            let buffer = backend.alloc("numbers", len * 2).unwrap();
+            let view = View { addr: buffer.addr, rows: 1, cols: len, dtype };
+            let largest = if dtype == DType::F16 { 65504.0 } else { 3.3e38 };
+            let numbers: Vec<f32> = (0..len).map(|i| [0.0, largest, -largest, 1e-30][i % 4]).collect();
+            let finite = |numbers: &[f32]| {
+                let mut bytes = vec![0; len * 2];
+                dtype.round_to(numbers, &mut bytes);
+                // SAFETY: the whole of a buffer of ours.
+                unsafe {
+                    backend.upload(view.addr, &bytes).unwrap();
+                    backend.finite(&view).unwrap()
+                }
+            };
+            assert!(finite(&numbers), "{len} numbers");
+            for at in [0, len / 3, len - 1] {
+                for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                    let mut numbers = numbers.clone();
+                    numbers[at] = bad;
+                    assert!(!finite(&numbers), "{bad} at {at} of {len}");
+                }
+            }
         }
     }
 }

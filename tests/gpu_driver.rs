@@ -89,6 +89,19 @@ fn drive() {
     assert!(
         back.chunks(row_bytes).enumerate().skip(1).all(|(i, row)| row.iter().all(|b| *b == (i % 251) as u8))
     );
+    // Uploads of any length, whose bytes are changed at once, and more of them than there are buffers.
+    for round in 0..5 {
+        let mut bytes = vec![round; 12_345];
+        // SAFETY: as above.
+        unsafe { gpu.upload(addr + 7 + round as usize * bytes.len(), &bytes).unwrap() };
+        bytes.fill(99);
+    }
+    // SAFETY: as above.
+    unsafe { gpu.download(addr, &mut back).unwrap() };
+    assert!(back[..7].iter().all(|b| *b == 200));
+    assert!(
+        back[7..].chunks(12_345).take(5).zip(0..).all(|(bytes, round)| bytes.iter().all(|b| *b == round))
+    );
     assert_eq!(gpu.alloc("too much", 2 << 28).unwrap(), None);
     // SAFETY: allocated above, and not used again.
     unsafe { gpu.free(addr) };
@@ -129,6 +142,20 @@ fn drive() {
         unsafe { recording.replay().unwrap() };
         assert_eq!(read(), 105 + 30 * round);
     }
+    // Threads that record take their turns.
+    std::thread::scope(|scope| {
+        let recorders: Vec<_> = (0..4)
+            .map(|_| {
+                scope.spawn(|| {
+                    backend.device().record(&mut || {
+                        std::thread::sleep(std::time::Duration::from_millis(20));
+                        add(0)
+                    })
+                })
+            })
+            .collect();
+        assert!(recorders.into_iter().all(|recorder| recorder.join().unwrap().is_ok()));
+    });
     let failed = backend.device().record(&mut || Err(tessera::Error::Cancelled));
     assert!(matches!(failed, Err(tessera::Error::Cancelled)));
     add(1).unwrap();

@@ -51,12 +51,14 @@ pub struct Prepared {
     pub addr: usize,
     /// Bytes from one row to the next.
     pub row_stride: usize,
+    /// Bytes of memory that it takes, padding included. Of weights that lie together the first has them all.
+    pub bytes: usize,
     /// Keeps the bytes alive: the mapping itself on the CPU, device memory elsewhere.
     _owner: Box<dyn Any + Send + Sync>,
 }
 
 impl Prepared {
-    /// The weight `name` at `addr`, where it lives as long as `owner`.
+    /// The weight `name` at `addr`, where it lives as long as `owner` and nothing is padded.
     pub fn new(
         name: &str,
         ty: WeightType,
@@ -64,7 +66,7 @@ impl Prepared {
         row_stride: usize,
         owner: Box<dyn Any + Send + Sync>,
     ) -> Self {
-        Prepared { ty, name: name.into(), addr, row_stride, _owner: owner }
+        Prepared { ty, name: name.into(), addr, row_stride, bytes: ty.bytes(), _owner: owner }
     }
 }
 
@@ -169,6 +171,11 @@ pub trait Backend: Send + Sync {
         Ok(None)
     }
 
+    /// Bytes of this machine's memory that copies to and from another device pass through.
+    fn pinned(&self) -> usize {
+        0
+    }
+
     /// Memory, aligned to at least 64 bytes, on a GPU to 256. It holds anything: zeros on the CPU, on the
     /// emulated device what must not be read.
     ///
@@ -241,4 +248,27 @@ pub trait Backend: Send + Sync {
     /// # Safety
     /// As for [`upload`](Backend::upload) and [`download`](Backend::download); the ranges do not overlap.
     unsafe fn copy(&self, from: usize, to: usize, bytes: usize) -> Result<()>;
+
+    /// Whether all floats of a view are finite, when all that was asked for before is done.
+    ///
+    /// # Errors
+    /// As for [`run`](Backend::run).
+    ///
+    /// # Safety
+    /// As for [`download`](Backend::download).
+    unsafe fn finite(&self, view: &View) -> Result<bool> {
+        // SAFETY: the caller's obligation.
+        unsafe { finite_on_host(self, view) }
+    }
+}
+
+/// [`Backend::finite`] by a copy of the view.
+///
+/// # Safety
+/// As for it.
+unsafe fn finite_on_host<B: Backend + ?Sized>(backend: &B, view: &View) -> Result<bool> {
+    let mut bytes = vec![0u8; view.bytes()];
+    // SAFETY: the caller's obligation.
+    unsafe { backend.download(view.addr, &mut bytes)? };
+    Ok(view.dtype.widen(&bytes).iter().all(|x| x.is_finite()))
 }

@@ -10,7 +10,7 @@ use crate::model::lora::Adapter;
 use crate::model::names::Layout;
 use crate::model::weights::{TensorInfo, Weights};
 use crate::op::{Cost, KvExtent};
-use crate::runtime::{Clip, LoadOptions, Model, SessionPlan};
+use crate::runtime::{Clip, LoadOptions, MemoryPlan, Model, SessionPlan};
 use crate::tensor::{Bindings, DType, View};
 use clap::{Args, ValueEnum};
 use std::collections::{BTreeMap, BTreeSet};
@@ -188,7 +188,7 @@ fn card(model: &Model, session: &SessionPlan) -> String {
     lines.push((
         "memory plan",
         format!(
-            "weights {} ({}) + KV cache {} ({} pages of {} positions, context {}) + activations {}{} = {}",
+            "weights {} ({}) + KV cache {} ({} pages of {} positions, context {}) + activations {}{} = {}{}",
             format_size(plan.weights),
             if on_cpu { "as stored" } else { model.backend().dtype().name() },
             format_size(plan.kv),
@@ -198,11 +198,13 @@ fn card(model: &Model, session: &SessionPlan) -> String {
             format_size(plan.arena),
             squares_plan(model, session),
             format_size(plan.total()),
+            match plan.pinned {
+                0 => String::new(),
+                pinned => format!(", and {} of this machine's memory for copies", format_size(pinned)),
+            },
         ),
     ));
-    let available = usable_memory();
-    let fits = if plan.check(available).is_ok() { "enough" } else { "too small: `run` will refuse" };
-    lines.push(("machine", format!("{} of memory, {fits}", format_size(available))));
+    lines.push(room(model, plan));
     lines.push((
         "row results",
         match on_cpu {
@@ -212,6 +214,17 @@ fn card(model: &Model, session: &SessionPlan) -> String {
         .into(),
     ));
     show(&lines, model.weights())
+}
+
+/// Whether there is room for a session: on a device for all but the weights, which are there already.
+fn room(model: &Model, plan: &MemoryPlan) -> (&'static str, String) {
+    let (whose, available, needs) = match model.backend().available() {
+        Ok(Some(free)) => ("device memory", free, MemoryPlan { weights: 0, ..*plan }),
+        Ok(None) | Err(_) => ("machine", usable_memory(), *plan),
+    };
+    let fits = if needs.check(available).is_ok() { "enough" } else { "too small: `run` will refuse" };
+    let free = if whose == "machine" { "of memory" } else { "free beside the weights" };
+    (whose, format!("{} {free}, {fits}", format_size(available)))
 }
 
 /// The card of a CLIP by itself.

@@ -104,6 +104,9 @@ impl Run {
         }
         if !self.quiet && self.model.times() {
             super::say(format_args!("{}", timings.line(&answer)));
+            if let Some(error) = engine.session().unrecorded() {
+                super::say(format_args!("warning: work is asked for op by op, which is slower: {error}"));
+            }
         }
         Ok(())
     }

@@ -60,8 +60,8 @@ pub unsafe fn first_stray(
     bindings: &Bindings,
     bound: impl Fn(&Node) -> f64,
 ) -> Result<Option<Stray>> {
-    device.check(bindings);
-    reference.check(bindings);
+    device.begin(bindings)?;
+    reference.begin(bindings)?;
     assert_eq!(device.graph().nodes.len(), reference.graph().nodes.len(), "two different graphs");
     for n in 0..device.graph().nodes.len() {
         // SAFETY: passed on from the caller, for both.

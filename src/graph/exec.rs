@@ -1,63 +1,22 @@
 //! The executor: a for-loop over the nodes of a planned graph.
 //!
-//! Addresses of everything are resolved once; a step binds row counts and runs. It allocates nothing.
+//! Addresses of everything are resolved once; a step binds row counts and runs. It allocates nothing. What is
+//! written to index inputs waits on the host and goes to the device in one copy when nodes run.
 //!
 //! On a device that records ([`Backend::record`]), work that comes again and again with the same row counts is
 //! recorded and from then on replayed with one call to the device: vision, and decode steps of up to
 //! [`MAX_RECORDED_ROWS`] rows. The first such step runs node by node, the second is recorded. Whatever else differs from
-//! step to step (ids, positions, page tables) is read from device memory.
+//! step to step (ids, positions, page tables) is read from device memory. Where recording fails, steps go on node by
+//! node ([`Executor::unrecorded`]).
 
-use super::{Graph, Plan, Source, ValueId};
+use super::{Control, Graph, Plan, Source, ValueId};
 use crate::backend::{Backend, Buffer, Call, Recording};
 use crate::error::{Error, Result};
 use crate::op::KvExtent;
 use crate::tensor::{Bindings, DType, View};
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
-
-/// Watches and stops work from another thread. Clones share one state.
-///
-/// The request to stop is read before every node, so a step stops within one op: milliseconds in a
-/// vision tower, one matrix product in a prefill chunk. Progress counts nodes.
-#[derive(Clone, Debug, Default)]
-pub struct Control(Arc<State>);
-
-#[derive(Debug, Default)]
-struct State {
-    cancelled: AtomicBool,
-    done: AtomicUsize,
-    total: AtomicUsize,
-}
-
-impl Control {
-    /// Asks for a stop. It stays asked for until [`reset`](Control::reset).
-    pub fn cancel(&self) {
-        self.0.cancelled.store(true, Ordering::Relaxed);
-    }
-
-    /// Whether a stop was asked for.
-    pub fn is_cancelled(&self) -> bool {
-        self.0.cancelled.load(Ordering::Relaxed)
-    }
-
-    /// Takes the request to stop back.
-    pub fn reset(&self) {
-        self.0.cancelled.store(false, Ordering::Relaxed);
-    }
-
-    /// Starts counting a piece of work of so many nodes.
-    pub fn begin(&self, nodes: usize) {
-        self.0.done.store(0, Ordering::Relaxed);
-        self.0.total.store(nodes, Ordering::Relaxed);
-    }
-
-    /// How many nodes of the present piece of work have run, and how many there are.
-    pub fn progress(&self) -> (usize, usize) {
-        (self.0.done.load(Ordering::Relaxed), self.0.total.load(Ordering::Relaxed))
-    }
-}
 
 /// Most operands any op has.
 const MAX_INS: usize = 8;
@@ -116,6 +75,11 @@ pub struct Executor {
     kv: KvExtent,
     recordings: Vec<(Repeatable, Recorded)>,
     records: bool,
+    unrecorded: Option<Error>,
+    /// What index inputs hold, or will when nodes run; -1, which is no index, where nothing was written.
+    indices: Vec<u8>,
+    /// Which bytes of them the device does not have yet.
+    unsent: Range<usize>,
 }
 
 impl Executor {
@@ -149,7 +113,22 @@ impl Executor {
         }
         let (spans, kv) = (Vec::new(), KvExtent::default());
         let recordings = Vec::with_capacity(MAX_RECORDINGS);
-        Executor { graph, backend, plan, arena, addrs, spans, kv, recordings, records: true }
+        let (indices, unsent) = (vec![0xff; plan.indices], 0..0);
+        let (records, unrecorded) = (true, None);
+        Executor {
+            graph,
+            backend,
+            plan,
+            arena,
+            addrs,
+            spans,
+            kv,
+            recordings,
+            records,
+            unrecorded,
+            indices,
+            unsent,
+        }
     }
 
     /// The graph.
@@ -165,6 +144,11 @@ impl Executor {
     /// Whether any of its work has been recorded and is replayed.
     pub fn replays(&self) -> bool {
         self.recordings.iter().any(|(_, recorded)| matches!(recorded, Recorded::Ready(_)))
+    }
+
+    /// Why nothing is recorded, on a device that tried and failed.
+    pub fn unrecorded(&self) -> Option<&Error> {
+        self.unrecorded.as_ref()
     }
 
     /// Writes down from now on when nodes run, the first `capacity` of them; 0 stops it. It costs two
@@ -205,7 +189,7 @@ impl Executor {
         self.write_at(value, 0, data)
     }
 
-    /// Writes part of an input, beginning at `row`.
+    /// Writes part of an input, beginning at `row`. The device has it when nodes run.
     ///
     /// # Errors
     /// [`Error::Device`] when the copy fails.
@@ -217,6 +201,15 @@ impl Executor {
         let offset = row * view.cols * view.dtype.size();
         let bytes: &[u8] = bytemuck::cast_slice(data);
         assert!(offset + bytes.len() <= view.bytes(), "input `{}`", self.graph.values[value.0].name);
+        let start = (view.addr + offset).wrapping_sub(self.arena.addr);
+        if let Some(waiting) = self.indices.get_mut(start..start.saturating_add(bytes.len())) {
+            waiting.copy_from_slice(bytes);
+            self.unsent = match self.unsent.is_empty() {
+                true => start..start + bytes.len(),
+                false => self.unsent.start.min(start)..self.unsent.end.max(start + bytes.len()),
+            };
+            return Ok(());
+        }
         // SAFETY: the range lies inside the input's block of the arena (asserted); `&mut self` and the
         // rule that executors sharing an arena never run at once keep everyone else away.
         unsafe { self.backend.upload(view.addr + offset, bytes) }
@@ -280,6 +273,15 @@ impl Executor {
         Ok(view.dtype.widen(&bytes))
     }
 
+    /// Whether all floats of a kept value are finite.
+    ///
+    /// # Errors
+    /// As for [`read`](Executor::read).
+    pub fn is_finite(&self, value: ValueId, bindings: &Bindings) -> Result<bool> {
+        // SAFETY: as in `read`.
+        unsafe { self.backend.finite(&self.view(value, bindings)) }
+    }
+
     /// Runs all nodes on the given row counts.
     ///
     /// # Safety
@@ -309,7 +311,7 @@ impl Executor {
         bindings: &Bindings,
         control: &Control,
     ) -> Result<()> {
-        self.check(bindings);
+        self.begin(bindings)?;
         if control.is_cancelled() {
             return Err(Error::Cancelled);
         }
@@ -336,7 +338,7 @@ impl Executor {
             }
             // SAFETY: passed on from the caller.
             unsafe { self.run_node(node, bindings)? };
-            control.0.done.fetch_add(1, Ordering::Relaxed);
+            control.advance(1);
         }
         Ok(())
     }
@@ -389,10 +391,10 @@ impl Executor {
             let longest = &Bindings { table_entries: self.plan.max.table_entries, ..*bindings };
             // SAFETY: passed on from the caller; while they are recorded, nodes touch nothing.
             let mut work = || unsafe { self.run_each(nodes.clone(), longest, &Control::default()) };
-            match self.backend.record(&mut work)? {
-                Some(recording) => self.recordings[at].1 = Recorded::Ready(recording),
-                None => {
-                    self.records = false;
+            match self.backend.record(&mut work) {
+                Ok(Some(recording)) => self.recordings[at].1 = Recorded::Ready(recording),
+                none => {
+                    (self.records, self.unrecorded) = (false, none.err());
                     // SAFETY: passed on from the caller.
                     return unsafe { self.run_each(nodes, bindings, control) };
                 }
@@ -402,7 +404,7 @@ impl Executor {
             // SAFETY: the arena, the weights and the states are where they were when this was recorded (they are
             // fixed in `new`), and row counts are the same (`key`); the rest is passed on from the caller.
             unsafe { recording.replay()? };
-            control.0.done.fetch_add(nodes.len(), Ordering::Relaxed);
+            control.advance(nodes.len());
         }
         Ok(())
     }
@@ -416,15 +418,13 @@ impl Executor {
     /// # Safety
     /// As for [`run`](Executor::run).
     pub unsafe fn first_non_finite(&mut self, bindings: &Bindings) -> Result<Option<String>> {
-        self.check(bindings);
+        self.begin(bindings)?;
         let graph = self.graph.clone();
         for (n, node) in graph.nodes.iter().enumerate() {
             // SAFETY: passed on from the caller.
             unsafe { self.run_node(n, bindings)? };
             for &out in &node.outs {
-                if graph.ty(out).dtype != DType::I32
-                    && self.read_floats(out, bindings)?.iter().any(|x| !x.is_finite())
-                {
+                if graph.ty(out).dtype != DType::I32 && !self.is_finite(out, bindings)? {
                     return Ok(Some(node.name.clone()));
                 }
             }
@@ -474,7 +474,7 @@ impl Executor {
             workspace: self.arena.addr + self.plan.workspace,
         };
         // SAFETY: views are blocks of the arena or states, with the types `infer` gave (the builder) and
-        // no more rows than planned (`check`); the planner keeps blocks that live at once apart and
+        // no more rows than planned (`begin`); the planner keeps blocks that live at once apart and
         // sized the workspace for this op; index operands and states are the caller's obligation.
         unsafe { self.backend.run(&call) }.map_err(|error| match error {
             Error::Device { device, problem } => {
@@ -485,7 +485,8 @@ impl Executor {
         })
     }
 
-    pub(super) fn check(&self, bindings: &Bindings) {
+    /// Checks the row counts of a step, and sends what was written for it.
+    pub(super) fn begin(&mut self, bindings: &Bindings) -> Result<()> {
         let (b, max) = (bindings, &self.plan.max);
         assert!(
             b.decode <= b.tokens
@@ -497,5 +498,11 @@ impl Executor {
                 && (b.pages, b.context) == (max.pages, max.context),
             "{b:?} is more than was planned: {max:?}"
         );
+        let unsent = std::mem::take(&mut self.unsent);
+        if unsent.is_empty() {
+            return Ok(());
+        }
+        // SAFETY: index inputs are the first bytes of the arena; the rest as in `write_at`.
+        unsafe { self.backend.upload(self.arena.addr + unsent.start, &self.indices[unsent]) }
     }
 }

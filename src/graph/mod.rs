@@ -4,17 +4,20 @@
 //! it can be read in `model/`. Row counts are symbols bound at run time ([`Bindings`]), so the same
 //! nodes at the same arena offsets serve a prefill chunk and a decode step, and a step allocates nothing.
 
+mod control;
 pub mod diff;
 mod exec;
 mod plan;
 
-pub use exec::{Control, Executor, Span};
+pub use control::Control;
+pub use exec::{Executor, Span};
 pub use plan::Plan;
 
 use crate::backend::{Backend, Prepared};
 use crate::error::Result;
 use crate::op::{Cost, KvExtent, Op, WeightType};
 use crate::tensor::{Bindings, Rows, TensorType, Weight};
+use std::collections::HashSet;
 use std::fmt;
 use std::ops::Range;
 
@@ -78,9 +81,10 @@ impl Graph {
         node.weights.iter().map(|&w| self.weights[w].ty).collect()
     }
 
-    /// Bytes of all weights.
+    /// Bytes that all weights take on the device, one that serves two ops once.
     pub fn weight_bytes(&self) -> u64 {
-        self.weights.iter().map(|w| w.ty.bytes() as u64).sum()
+        let mut seen = HashSet::new();
+        self.weights.iter().filter(|w| seen.insert(w.addr)).map(|w| w.bytes as u64).sum()
     }
 
     /// The type of a value.

@@ -1,12 +1,14 @@
 //! The planner: lays every input and every intermediate of a graph into one arena by lifetime.
 //!
 //! A value lives from the node that makes it to the last node that reads it; kept values live to the
-//! end. Values are placed largest first, each at the lowest offset that is free for its whole life.
+//! end. Index inputs, which differ from step to step, come first, side by side, so that one copy brings them all;
+//! then values are placed largest first, each at the lowest offset that is free for its whole life.
 //! One more block, as large as the hungriest op asks for, is the workspace of all.
 
 use super::{Graph, Source, ValueId};
 use crate::backend::Backend;
-use crate::tensor::Bindings;
+use crate::tensor::{Bindings, DType};
+use std::cmp::Reverse;
 
 /// Alignment of every block: what a GPU's allocator promises and its widest copies ask for; four cache lines.
 const ALIGN: usize = 256;
@@ -16,6 +18,8 @@ const ALIGN: usize = 256;
 pub struct Plan {
     /// The offset of each value in the arena; `None` for states, which live elsewhere.
     pub offsets: Vec<Option<usize>>,
+    /// Bytes at the beginning of the arena that hold index inputs, in the graph's order, and nothing else.
+    pub indices: usize,
     /// The offset of the workspace.
     pub workspace: usize,
     /// Bytes of the arena.
@@ -36,7 +40,15 @@ impl Plan {
     /// Plans `graph` for steps up to `max`.
     pub fn new(graph: &Graph, backend: &dyn Backend, max: Bindings) -> Plan {
         let mut blocks = lifetimes(graph, &max);
-        blocks.sort_by_key(|b| (std::cmp::Reverse(b.bytes), b.value));
+        let index = |b: &Block| {
+            let value = &graph.values[b.value];
+            value.source == Source::Input && value.ty.dtype == DType::I32
+        };
+        let indices = blocks.iter().filter(|b| index(b)).map(|b| b.bytes).sum();
+        blocks.sort_by_key(|b| match index(b) {
+            true => (false, Reverse(0), b.value),
+            false => (true, Reverse(b.bytes), b.value),
+        });
 
         let mut offsets = vec![None; graph.values.len()];
         let mut placed: Vec<(usize, &Block)> = Vec::with_capacity(blocks.len());
@@ -58,7 +70,7 @@ impl Plan {
             })
             .max()
             .unwrap_or(0);
-        Plan { offsets, workspace: end, bytes: end + workspace.next_multiple_of(ALIGN), max }
+        Plan { offsets, indices, workspace: end, bytes: end + workspace.next_multiple_of(ALIGN), max }
     }
 }
 

@@ -292,6 +292,11 @@ impl Session {
         graph.cost(0..graph.nodes.len(), &self.staging.bindings, self.language.kv_extent())
     }
 
+    /// Why steps and pictures are not recorded and replayed, on a device that tried and failed.
+    pub fn unrecorded(&self) -> Option<&Error> {
+        self.language.unrecorded().or_else(|| self.vision()?.unrecorded())
+    }
+
     /// Writes down when nodes run, so many of each graph; 0 stops it. See [`Executor::spans`].
     pub fn trace(&mut self, capacity: usize) {
         self.language.trace(capacity);

@@ -43,7 +43,7 @@ impl Default for SessionOptions {
 /// Where the bytes go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemoryPlan {
-    /// Weights, mapped or in memory.
+    /// Weights, mapped or in memory, with the padding that a device's kernels want.
     pub weights: u64,
     /// The KV pool.
     pub kv: u64,
@@ -53,6 +53,8 @@ pub struct MemoryPlan {
     pub vision_arena: u64,
     /// The projected squares of a picture, in a model that sees tiles.
     pub squares: u64,
+    /// Memory of this machine, not the device's, that copies pass through.
+    pub pinned: u64,
     /// Pages in the pool.
     pub pages: usize,
     /// Most positions of one sequence.
@@ -60,7 +62,7 @@ pub struct MemoryPlan {
 }
 
 impl MemoryPlan {
-    /// All of it.
+    /// All of it that is on the device.
     pub fn total(&self) -> u64 {
         self.weights + self.kv + self.arena + self.squares
     }
@@ -120,6 +122,7 @@ impl SessionPlan {
             arena: language.bytes.max(vision_arena) as u64,
             vision_arena: vision_arena as u64,
             squares: model.vision().map_or(0, vision::squares_bytes) as u64,
+            pinned: backend.pinned() as u64,
             pages: max.pages,
             context: max.context,
         };
@@ -189,6 +192,7 @@ mod tests {
         let plan = MemoryPlan {
             vision_arena: 0,
             squares: 0,
+            pinned: 0,
             weights: 26_677_602_304,
             kv: 6_710_886_400,
             arena: 300 << 20,

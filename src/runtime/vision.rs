@@ -158,7 +158,7 @@ impl Encoder {
             self.model.backend().synchronize()?;
             *time += start.elapsed();
         }
-        if self.executor.read_floats(self.vision.features, bindings)?.iter().all(|x| x.is_finite()) {
+        if self.executor.is_finite(self.vision.features, bindings)? {
             return Ok(());
         }
         // SAFETY: as above; the assembly, which runs as well, has no rows under these bindings.

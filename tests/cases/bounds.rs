@@ -52,10 +52,14 @@ fn rounding_to(device: DType, case: &Case, y: f64, mass: f64) -> f64 {
         Op::Attention { .. } | Op::PagedAttention { .. } => 1.0,
         // The sum is rounded before it is normalised.
         Op::AddRmsNorm { .. } => 2.0 * y.abs(),
-        Op::Linear { wide: true, .. } => return 0.0,
-        Op::Linear { .. }
-        | Op::GatedLinear { .. }
-        | Op::LayerNorm { .. }
+        // x Aᵀ of a pair is rounded, and so is scale · B.
+        Op::Linear { wide, .. } => {
+            let inner: f64 = pairs(case).map(|(_, mass)| 2.0 * mass).sum();
+            return unit * (if wide { 0.0 } else { y.abs() } + inner) + smallest;
+        }
+        // The same of both factors, each of which meets the other; silu is nowhere steeper than 1.1.
+        Op::GatedLinear { .. } => pairs(case).map(|(_, pair)| 2.2 * pair * mass.sqrt()).sum(),
+        Op::LayerNorm { .. }
         | Op::RmsNorm { .. }
         | Op::L2Normalize
         | Op::RopeAppend { .. }

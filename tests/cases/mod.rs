@@ -285,7 +285,7 @@ fn spread(plan: Plan, graph: &Graph, bindings: &Bindings) -> Plan {
             })
         })
         .collect();
-    Plan { offsets, workspace: end, bytes: end + workspace + GUARD, ..plan }
+    Plan { offsets, indices: 0, workspace: end, bytes: end + workspace + GUARD, ..plan }
 }
 
 /// Bytes of NaN, in f32 as in f16 and bf16.

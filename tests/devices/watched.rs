@@ -1,7 +1,7 @@
-//! A backend around a backend: its ops are counted, and its results may be changed.
+//! A backend around a backend: its ops and copies are counted, its results may be changed, and it may refuse to record.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use tessera::Result;
 use tessera::backend::{Backend, Buffer, Call, Prepared, Recording};
 use tessera::op::{Op, WeightType};
@@ -15,12 +15,27 @@ pub struct Watched {
     pub inner: Arc<dyn Backend>,
     pub ops: AtomicUsize,
     pub replays: Arc<AtomicUsize>,
+    pub uploads: AtomicUsize,
+    pub downloads: AtomicUsize,
+    /// Bytes of the downloads.
+    pub fetched: AtomicUsize,
+    /// Whether it refuses to record.
+    pub cannot_record: AtomicBool,
     pub after: After,
 }
 
 impl Watched {
     pub fn new(inner: Arc<dyn Backend>, after: After) -> Arc<Self> {
-        Arc::new(Watched { inner, ops: AtomicUsize::new(0), replays: Arc::default(), after })
+        Arc::new(Watched {
+            inner,
+            ops: AtomicUsize::new(0),
+            replays: Arc::default(),
+            uploads: AtomicUsize::new(0),
+            downloads: AtomicUsize::new(0),
+            fetched: AtomicUsize::new(0),
+            cannot_record: AtomicBool::new(false),
+            after,
+        })
     }
 
     /// The processor as a device that keeps activations in `dtype`: what a model loses by 16 bits alone.
@@ -96,16 +111,23 @@ impl Backend for Watched {
     }
 
     fn record(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Option<Box<dyn Recording>>> {
+        if self.cannot_record.load(Ordering::Relaxed) {
+            let problem = "nothing can be recorded".into();
+            return Err(tessera::Error::Device { device: "watched".into(), problem });
+        }
         let recording = self.inner.record(work)?;
         Ok(recording.map(|recording| Box::new(Counted(recording, self.replays.clone())) as _))
     }
 
     unsafe fn upload(&self, addr: usize, bytes: &[u8]) -> Result<()> {
+        self.uploads.fetch_add(1, Ordering::Relaxed);
         // SAFETY: the caller's obligation.
         unsafe { self.inner.upload(addr, bytes) }
     }
 
     unsafe fn download(&self, addr: usize, bytes: &mut [u8]) -> Result<()> {
+        self.downloads.fetch_add(1, Ordering::Relaxed);
+        self.fetched.fetch_add(bytes.len(), Ordering::Relaxed);
         // SAFETY: the caller's obligation.
         unsafe { self.inner.download(addr, bytes) }
     }
@@ -113,5 +135,10 @@ impl Backend for Watched {
     unsafe fn copy(&self, from: usize, to: usize, bytes: usize) -> Result<()> {
         // SAFETY: the caller's obligation.
         unsafe { self.inner.copy(from, to, bytes) }
+    }
+
+    unsafe fn finite(&self, view: &View) -> Result<bool> {
+        // SAFETY: the caller's obligation.
+        unsafe { self.inner.finite(view) }
     }
 }

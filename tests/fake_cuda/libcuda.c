@@ -13,6 +13,7 @@ typedef struct { Stream* after; } Event;
 
 static __thread int current;  // whether this thread entered the context
 static Graph recorded;
+static void land(void);
 static long allocated, pinned, contexts, streams, graphs, modules;
 
 int cuInit(unsigned flags) { return flags ? INVALID : OK; }
@@ -51,6 +52,7 @@ int cuGraphInstantiateWithFlags(Graph** e, Graph* g, unsigned long long flags) {
 int cuGraphDestroy(Graph* g) { graphs--; free(g); return OK; }
 int cuGraphExecDestroy(Graph* g) { graphs--; free(g); return OK; }
 int cuGraphLaunch(Graph* g, Stream* s) {
+    land();
     for (int i = 0; i < g->launches; i++) *g->args[i].to += g->args[i].add;
     return current && !s->capturing ? OK : INVALID;
 }
@@ -64,21 +66,40 @@ int cuMemAlloc_v2(uint64_t* p, size_t n) {
     return OK;
 }
 int cuMemFree_v2(uint64_t p) { char* at = (char*)p - 256; size_t n; memcpy(&n, at, sizeof n), allocated -= n, free(at); return current ? OK : INVALID; }
-int cuMemAllocHost_v2(void** p, size_t n) { pinned++; *p = malloc(n); return current ? OK : INVALID; }
-int cuMemFreeHost(void* p) { pinned--; free(p); return current ? OK : INVALID; }
+static struct { char* at; size_t n; } pins[8];
+int cuMemAllocHost_v2(void** p, size_t n) {
+    int i = 0;
+    while (i < 8 && pins[i].at) i++;
+    if (!current || i == 8) return INVALID;
+    pinned++, *p = pins[i].at = malloc(n), pins[i].n = n;
+    return OK;
+}
+int cuMemFreeHost(void* p) {
+    for (int i = 0; i < 8; i++) if (pins[i].at == p) pins[i].at = 0;
+    pinned--, free(p);
+    return current ? OK : INVALID;
+}
+static int is_pinned(const char* p, size_t n) {
+    for (int i = 0; i < 8; i++) if (pins[i].at && p >= pins[i].at && p + n <= pins[i].at + pins[i].n) return 1;
+    return 0;
+}
 
-// Copies from pinned memory are late: they are made when their event is waited for, as late as a GPU might.
+// Copies to the device are late: they are made when their event is waited for, or when what comes after them in the
+// stream is, as late as a GPU might. Only pinned memory is copied from and to: from any other, a copy waits for the host.
 static struct { void* to; const void* from; size_t n; Event* event; } late[2];
 static int lates;
 static void land(void) { for (int i = 0; i < lates; i++) memcpy(late[i].to, late[i].from, late[i].n); lates = 0; }
 int cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t n, Stream* s) {
-    if (!current || s->capturing) return INVALID;
-    if (n < 4096) { land(); memcpy((void*)to, from, n); return OK; }
+    if (!current || s->capturing || !is_pinned(from, n)) return INVALID;
     if (lates == 2) land();
     late[lates].to = (void*)to, late[lates].from = from, late[lates].n = n, lates++;
     return OK;
 }
-int cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t n, Stream* s) { land(); s->pending = 1; memcpy(to, (void*)from, n); return current ? OK : INVALID; }
+int cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t n, Stream* s) {
+    if (!is_pinned(to, n)) return INVALID;
+    land(), s->pending = 1, memcpy(to, (void*)from, n);
+    return current ? OK : INVALID;
+}
 int cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t n, Stream* s) { land(); memcpy((void*)to, (void*)from, n); return current && !s->capturing ? OK : INVALID; }
 int cuMemsetD8Async(uint64_t to, unsigned char b, size_t n, Stream* s) { land(); memset((void*)to, b, n); return current && !s->capturing ? OK : INVALID; }
 int cuEventCreate(Event** e, unsigned flags) { *e = calloc(1, sizeof **e); return current && (flags == 2 || flags == 0) ? OK : INVALID; }
@@ -96,6 +117,6 @@ int cuLaunchKernel(void* f, unsigned x, unsigned y, unsigned z, unsigned bx, uns
     if ((uintptr_t)params[0] % 64) return INVALID;  // as a tensor map would need it
     Args* args = params[0];
     if (s->capturing) recorded.args[recorded.launches++] = *args;
-    else *args->to += args->add;
+    else land(), *args->to += args->add;
     return OK;
 }

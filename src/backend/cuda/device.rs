@@ -5,10 +5,13 @@ use crate::backend::{Buffer, Recording};
 use crate::error::{Error, Result};
 use crate::tensor::DType;
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Counters of a device, for kernels whose last block finishes what the others began.
 pub const COUNTERS: usize = 4096;
+
+/// Words of a device for what its blocks found, one each.
+pub const VERDICTS: usize = 128;
 
 /// A kernel launch, apart from its arguments.
 #[derive(Clone, Copy, Debug)]
@@ -31,6 +34,7 @@ pub struct Device {
     /// Looked up once, by name without dtype.
     kernels: Mutex<HashMap<String, Kernel>>,
     counters: Buffer,
+    verdicts: Mutex<Buffer>,
 }
 
 /// Kernels read their arguments in constant memory; a tensor map among them must be aligned to 64.
@@ -50,7 +54,8 @@ impl Device {
         let counters = alloc(&driver, "counters", COUNTERS * size_of::<u32>())?;
         // SAFETY: the whole of a buffer that was just allocated.
         unsafe { driver.fill(counters.addr, 0, counters.bytes)? };
-        Ok(Device { driver, dtype, limits, kernels: Mutex::default(), counters })
+        let verdicts = Mutex::new(alloc(&driver, "verdicts", VERDICTS * size_of::<u32>())?);
+        Ok(Device { driver, dtype, limits, kernels: Mutex::default(), counters, verdicts })
     }
 
     /// The dtype of activations and matrices: bf16 or f16.
@@ -66,6 +71,11 @@ impl Device {
     /// The address of [`COUNTERS`] u32 that are zero; a kernel that uses them leaves them zero.
     pub fn counters(&self) -> usize {
         self.counters.addr
+    }
+
+    /// [`VERDICTS`] u32 for one user at a time.
+    pub fn verdicts(&self) -> MutexGuard<'_, Buffer> {
+        self.verdicts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What runs underneath.

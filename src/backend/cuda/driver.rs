@@ -48,6 +48,9 @@ pub trait Driver: Send + Sync {
     /// Bytes of memory that are free, and that there are.
     fn memory(&self) -> Result<(u64, u64)>;
 
+    /// Bytes of this machine's memory that copies pass through.
+    fn pinned(&self) -> usize;
+
     /// The address of `bytes` bytes of memory, aligned to 256, holding anything; `None` if there are not so
     /// many. `what` names them.
     fn alloc(&self, what: &str, bytes: usize) -> Result<Option<usize>>;
@@ -122,6 +125,6 @@ pub trait Driver: Send + Sync {
     fn time(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Option<Duration>>;
 
     /// Records the launches that `work` makes on this thread, instead of running them. Meanwhile `work` asks
-    /// for nothing but launches of kernels that ran before.
+    /// for nothing but launches of kernels that ran before. Threads that record take turns.
     fn record(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Box<dyn Recording>>;
 }

@@ -47,6 +47,8 @@ unsafe extern "C" {
 #[derive(Clone)]
 pub struct Emulator {
     state: Arc<Mutex<State>>,
+    /// Held while a thread records, so that others wait for their turn.
+    turn: Arc<Mutex<()>>,
     limits: Limits,
 }
 
@@ -100,7 +102,8 @@ impl Emulator {
             let problem = "the system has no address space for the emulated device".into();
             return Err(Error::Device { device: "emu".into(), problem });
         }
-        Ok(Emulator { state: Arc::new(Mutex::new(State { raw, recording: None })), limits })
+        let state = Arc::new(Mutex::new(State { raw, recording: None }));
+        Ok(Emulator { state, turn: Arc::default(), limits })
     }
 
     /// Draws another order of blocks, warps, lanes and copies from now on.
@@ -180,6 +183,10 @@ impl Driver for Emulator {
     fn memory(&self) -> Result<(u64, u64)> {
         let memory = crate::backend::cpu::usable_memory();
         Ok((memory, memory))
+    }
+
+    fn pinned(&self) -> usize {
+        0
     }
 
     fn alloc(&self, what: &str, bytes: usize) -> Result<Option<usize>> {
@@ -293,13 +300,8 @@ impl Driver for Emulator {
     }
 
     fn record(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Box<dyn Recording>> {
-        let mut state = self.lock();
-        if state.recording.is_some() {
-            let problem = "two threads record at once".into();
-            return Err(Error::Device { device: "emu".into(), problem });
-        }
-        state.recording = Some((std::thread::current().id(), Vec::new()));
-        drop(state);
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        self.lock().recording = Some((std::thread::current().id(), Vec::new()));
         let done = work();
         let launches = self.lock().recording.take().map(|(_, launches)| launches).unwrap_or_default();
         done?;

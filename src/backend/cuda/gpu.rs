@@ -4,7 +4,7 @@ use super::ceiling::SWEEP;
 use super::clock::Clock;
 use super::driver::{Driver, Kernel, Limits, Shape};
 use super::library::{ask, check, library};
-use super::staging::Staging;
+use super::staging::{Landing, PINNED, Staging};
 use crate::backend::Recording;
 use crate::error::{Error, Result};
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute, CUresult};
@@ -109,9 +109,12 @@ struct Context {
     recorder: sys::CUstream,
     /// Which thread records.
     recording: Mutex<Option<ThreadId>>,
+    /// Held while a thread records, so that others wait for their turn.
+    turn: Mutex<()>,
     modules: Vec<sys::CUmodule>,
     limits: Limits,
     staging: Mutex<Option<Staging>>,
+    landing: Mutex<Option<Landing>>,
     clock: Mutex<Option<Clock>>,
 }
 
@@ -165,9 +168,11 @@ impl Context {
             stream: ptr::null_mut(),
             recorder: ptr::null_mut(),
             recording: Mutex::new(None),
+            turn: Mutex::new(()),
             modules: Vec::new(),
             limits,
             staging: Mutex::new(None),
+            landing: Mutex::new(None),
             clock: Mutex::new(None),
         };
         this.enter()?;
@@ -239,6 +244,14 @@ impl Context {
     }
 }
 
+/// What is made when it is first needed.
+fn made<T>(place: &mut Option<T>, make: impl FnOnce() -> Result<T, String>) -> Result<&mut T, String> {
+    match place {
+        Some(made) => Ok(made),
+        none => Ok(none.insert(make()?)),
+    }
+}
+
 /// The CUDA version of the driver, as 12.4.
 fn version() -> String {
     // SAFETY: the library is loaded; the number is ours.
@@ -254,6 +267,7 @@ impl Drop for Context {
             let _ = self.synchronize();
         }
         *self.staging.get_mut().unwrap_or_else(PoisonError::into_inner) = None;
+        *self.landing.get_mut().unwrap_or_else(PoisonError::into_inner) = None;
         *self.clock.get_mut().unwrap_or_else(PoisonError::into_inner) = None;
         for &module in &self.modules {
             // SAFETY: loaded by `open`; all work is done, and no kernel of it can be launched any more.
@@ -296,6 +310,10 @@ impl Driver for Gpu {
         this.named(asked.map(|()| (free as u64, total as u64)))
     }
 
+    fn pinned(&self) -> usize {
+        PINNED
+    }
+
     fn alloc(&self, _: &str, bytes: usize) -> Result<Option<usize>> {
         let this = &self.0;
         this.named(this.enter())?;
@@ -316,13 +334,12 @@ impl Driver for Gpu {
 
     unsafe fn upload(&self, to: usize, bytes: &[u8]) -> Result<()> {
         let this = &self.0;
-        this.named(this.enter().and_then(|()| {
-            // SAFETY: the caller's obligation. From memory that is not pinned the library takes the bytes before it
-            // returns (CUDA driver API, "API synchronization behavior").
-            check("cuMemcpyHtoDAsync", unsafe {
-                sys::cuMemcpyHtoDAsync_v2(to as u64, bytes.as_ptr().cast(), bytes.len(), this.stream)
-            })
-        }))
+        this.named(this.enter())?;
+        let mut staging = this.staging.lock().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: the context is current, and the staging is dropped before it.
+        let staging = this.named(made(&mut staging, || unsafe { Staging::new() }))?;
+        // SAFETY: the caller's obligation; the context is current and the stream lives.
+        this.named(unsafe { staging.send_all(to, bytes, this.stream) })
     }
 
     unsafe fn upload_rows(
@@ -335,11 +352,8 @@ impl Driver for Gpu {
         let this = &self.0;
         this.named(this.enter())?;
         let mut staging = this.staging.lock().unwrap_or_else(PoisonError::into_inner);
-        let staging = match &mut *staging {
-            Some(staging) => staging,
-            // SAFETY: the context is current, and the staging is dropped before it.
-            none => none.insert(this.named(unsafe { Staging::new() })?),
-        };
+        // SAFETY: the context is current, and the staging is dropped before it.
+        let staging = this.named(made(&mut staging, || unsafe { Staging::new() }))?;
         let mut row = 0;
         while row < rows {
             let buffer = this.named(staging.next(row_bytes))?;
@@ -357,13 +371,12 @@ impl Driver for Gpu {
 
     unsafe fn download(&self, from: usize, bytes: &mut [u8]) -> Result<()> {
         let this = &self.0;
-        this.named(this.enter().and_then(|()| {
-            // SAFETY: the caller's obligation; the bytes are not looked at before the stream is done.
-            check("cuMemcpyDtoHAsync", unsafe {
-                sys::cuMemcpyDtoHAsync_v2(bytes.as_mut_ptr().cast(), from as u64, bytes.len(), this.stream)
-            })?;
-            this.synchronize()
-        }))
+        this.named(this.enter())?;
+        let mut landing = this.landing.lock().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: the context is current, and the landing is dropped before it.
+        let landing = this.named(made(&mut landing, || unsafe { Landing::new() }))?;
+        // SAFETY: the caller's obligation; the context is current and the stream lives.
+        this.named(unsafe { landing.fetch(from, bytes, this.stream) })
     }
 
     unsafe fn copy(&self, from: usize, to: usize, bytes: usize) -> Result<()> {
@@ -438,11 +451,9 @@ impl Driver for Gpu {
         let this = &self.0;
         let sweep = self.kernel(SWEEP)?;
         let mut clock = this.clock.lock().unwrap_or_else(PoisonError::into_inner);
-        let clock = match &mut *clock {
-            Some(clock) => clock,
-            // SAFETY: the context is current, and the clock is dropped before it and its modules.
-            none => none.insert(this.named(unsafe { Clock::new(sweep, this.limits.multiprocessors) })?),
-        };
+        // SAFETY: the context is current, and the clock is dropped before it and its modules.
+        let new = || unsafe { Clock::new(sweep, this.limits.multiprocessors) };
+        let clock = this.named(made(&mut clock, new))?;
         // SAFETY: the context is current, the stream lives.
         this.named(unsafe { clock.begin(this.stream) })?;
         work()?;
@@ -453,16 +464,11 @@ impl Driver for Gpu {
     fn record(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Box<dyn Recording>> {
         let this = &self.0;
         this.named(this.enter())?;
-        let me = Some(std::thread::current().id());
-        {
-            let mut recording = this.recording.lock().unwrap_or_else(PoisonError::into_inner);
-            if recording.is_some() {
-                return this.named(Err("two threads record at once".into()));
-            }
-            *recording = me;
-        }
+        let _turn = this.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        let set = |thread| *this.recording.lock().unwrap_or_else(PoisonError::into_inner) = thread;
+        set(Some(std::thread::current().id()));
         let exec = this.record(work);
-        *this.recording.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        set(None);
         Ok(Box::new(Graph { context: this.clone(), exec: exec? }))
     }
 }

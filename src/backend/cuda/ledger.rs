@@ -23,6 +23,7 @@ sources![
     "ceiling.cu",
     "common.cuh",
     "embed.cu",
+    "finite.cu",
     "gemm.cuh",
     "linear.cu",
     "matvec.cu",

@@ -8,7 +8,7 @@ use std::ptr;
 use std::sync::OnceLock;
 
 /// The functions that `gpu.rs` calls, by the names they have in the library.
-const FUNCTIONS: [&str; 33] = [
+const FUNCTIONS: [&str; 31] = [
     "cuInit",
     "cuDriverGetVersion",
     "cuGetErrorName",
@@ -33,8 +33,6 @@ const FUNCTIONS: [&str; 33] = [
     "cuMemGetInfo_v2",
     "cuMemAlloc_v2",
     "cuMemFree_v2",
-    "cuMemcpyHtoDAsync_v2",
-    "cuMemcpyDtoHAsync_v2",
     "cuMemcpyDtoDAsync_v2",
     "cuMemsetD8Async",
     "cuModuleLoadData",

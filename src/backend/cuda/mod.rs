@@ -17,12 +17,14 @@ pub mod driver;
 mod embed;
 #[cfg(feature = "emu")]
 pub mod emu;
+mod finite;
 pub mod gpu;
 pub mod ledger;
 mod library;
 mod linear;
 mod matvec;
 mod norm;
+mod pairs;
 mod patch;
 pub mod resources;
 mod rope;
@@ -31,8 +33,10 @@ mod staging;
 pub mod tile;
 mod weights;
 
-use super::{Backend, Buffer, Call, Ceilings, Prepared, Recording};
-use crate::error::{Error, Result};
+use super::{Backend, Buffer, Call, Ceilings, Prepared, Recording, finite_on_host};
+#[cfg(doc)]
+use crate::error::Error;
+use crate::error::Result;
 use crate::op::{Op, WeightType};
 use crate::tensor::{DType, View, Weight};
 use device::Device;
@@ -103,13 +107,23 @@ impl CudaBackend {
                 Op::RmsNorm { .. } => norm::rms_norm(device, call),
                 Op::AddRmsNorm { .. } => norm::add_rms_norm(device, call),
                 Op::L2Normalize => norm::l2_normalize(device, call),
-                Op::Linear { .. } => by_phase(device, call, matvec::linear, linear::linear),
-                Op::GatedLinear { .. } => by_phase(device, call, matvec::gated_linear, linear::gated_linear),
+                Op::Linear { .. } => by_phase(
+                    call,
+                    |rows| pairs::linear(device, call, rows, matvec::linear, matvec::linear),
+                    |rows| pairs::linear(device, call, rows, linear::linear, linear::linear),
+                ),
+                Op::GatedLinear { .. } => by_phase(
+                    call,
+                    |rows| pairs::linear(device, call, rows, matvec::linear, matvec::gated_linear),
+                    |rows| pairs::linear(device, call, rows, linear::linear, linear::gated_linear),
+                ),
                 Op::Attention { .. } => attention::dense(device, call),
                 Op::RopeAppend { .. } => rope::rope_append(device, call),
-                Op::PagedAttention { .. } => {
-                    by_phase(device, call, attention::paged_decode, attention::paged_prefill)
-                }
+                Op::PagedAttention { .. } => by_phase(
+                    call,
+                    |rows| attention::paged_decode(device, call, rows),
+                    |rows| attention::paged_prefill(device, call, rows),
+                ),
                 Op::EmbedRows => embed::embed_rows(device, call),
                 Op::EmbedTokens => embed::embed_tokens(device, call),
                 Op::SelectRows { .. } => embed::select_rows(device, call),
@@ -123,18 +137,17 @@ impl CudaBackend {
 type Rows = unsafe fn(&Device, &Call<'_>, Range<usize>) -> Result<()>;
 
 /// Runs the leading decode rows with one family of kernels, and the others with the other.
-///
-/// # Safety
-/// As for both functions.
-unsafe fn by_phase(device: &Device, call: &Call<'_>, decode: Rows, prefill: Rows) -> Result<()> {
+fn by_phase(
+    call: &Call<'_>,
+    decode: impl FnOnce(Range<usize>) -> Result<()>,
+    prefill: impl FnOnce(Range<usize>) -> Result<()>,
+) -> Result<()> {
     let rows = call.ins[0].rows;
     if call.decode > 0 {
-        // SAFETY: the caller's obligation.
-        unsafe { decode(device, call, 0..call.decode)? };
+        decode(0..call.decode)?;
     }
     if call.decode < rows {
-        // SAFETY: the caller's obligation.
-        unsafe { prefill(device, call, call.decode..rows)? };
+        prefill(call.decode..rows)?;
     }
     Ok(())
 }
@@ -164,6 +177,10 @@ impl Backend for CudaBackend {
         self.device.driver().memory().map(|(free, _)| Some(free))
     }
 
+    fn pinned(&self) -> usize {
+        self.device.driver().pinned()
+    }
+
     fn record(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Option<Box<dyn Recording>>> {
         if self.check_launches { Ok(None) } else { self.device.record(work).map(Some) }
     }
@@ -173,20 +190,12 @@ impl Backend for CudaBackend {
     }
 
     fn prepare(&self, op: &Op, weights: &[Weight]) -> Result<Vec<Prepared>> {
-        if !op.pairs().is_empty() {
-            let problem =
-                "the kernels of low-rank pairs are not written yet; without --lora, or on the CPU, it works";
-            return Err(Error::Device { device: self.device.driver().name(), problem: problem.into() });
-        }
         weights::prepare(&self.device, &self.tied, op, weights)
     }
 
     fn workspace(&self, op: &Op, ins: &[View], weights: &[WeightType], _outs: &[View]) -> usize {
         match op {
-            Op::Linear { bias, .. } | Op::GatedLinear { bias, .. } => {
-                let matrices = if *bias { weights.len() / 2 } else { weights.len() };
-                linear::workspace(ins[0].rows, &weights[..matrices])
-            }
+            Op::Linear { .. } | Op::GatedLinear { .. } => pairs::workspace(op, ins[0].rows, weights),
             Op::PagedAttention { .. } => attention::workspace(&self.device, op, ins[0].rows, ins[3].rows),
             Op::PatchEmbed { .. }
             | Op::LayerNorm { .. }
@@ -230,5 +239,15 @@ impl Backend for CudaBackend {
     unsafe fn copy(&self, from: usize, to: usize, bytes: usize) -> Result<()> {
         // SAFETY: the caller's obligation.
         unsafe { self.device.driver().copy(from, to, bytes) }
+    }
+
+    unsafe fn finite(&self, view: &View) -> Result<bool> {
+        if view.dtype == self.dtype() {
+            // SAFETY: the caller's obligation.
+            return unsafe { finite::finite(&self.device, view) };
+        }
+        // Logits.
+        // SAFETY: the caller's obligation.
+        unsafe { finite_on_host(self, view) }
     }
 }

@@ -1,4 +1,5 @@
-//! Two pinned buffers through which weights stream to a GPU: while one is copied, the other is filled.
+//! Pinned memory, which the bus reads and writes by itself: two buffers through which all that goes to a GPU passes,
+//! weights and the inputs of a step, one filled while the other is copied; and one for what comes back.
 
 use super::library::check;
 use cudarc::driver::sys::{self, CUresult};
@@ -8,11 +9,19 @@ use std::ptr;
 /// Bytes of one buffer: large enough that starting a copy (10 us) is nothing beside it (1 ms at 25 GB/s).
 const BYTES: usize = 32 << 20;
 
+/// Bytes of the buffer for what comes back: logits of many rows, most often a token.
+const LANDING: usize = 1 << 20;
+
+/// Bytes of this machine's memory that a GPU in use keeps pinned.
+pub(super) const PINNED: usize = 2 * BYTES + LANDING;
+
 /// The functions called here, by the names they have in the library; [`library`](super::library) probes them.
-pub(super) const FUNCTIONS: [&str; 7] = [
+pub(super) const FUNCTIONS: [&str; 9] = [
     "cuMemAllocHost_v2",
     "cuMemFreeHost",
     "cuMemcpyHtoDAsync_v2",
+    "cuMemcpyDtoHAsync_v2",
+    "cuStreamSynchronize",
     "cuEventCreate",
     "cuEventRecord",
     "cuEventSynchronize",
@@ -25,7 +34,7 @@ pub(super) struct Staging {
     turn: usize,
 }
 
-/// Memory that the bus reads by itself, and the event after which it has.
+/// Pinned memory, and the event after which a copy from it is over.
 struct Pinned {
     memory: *mut c_void,
     bytes: usize,
@@ -51,8 +60,26 @@ impl Staging {
             // SAFETY: the context is current (`new`).
             *pinned = unsafe { Pinned::new(bytes)? };
         }
-        // SAFETY: the memory is ours, as long as it says, written by nobody, and was zeroed when it was made.
-        Ok(unsafe { std::slice::from_raw_parts_mut(pinned.memory.cast(), pinned.bytes) })
+        Ok(pinned.bytes())
+    }
+
+    /// Starts to copy bytes of the host to the device; they may be changed when it returns.
+    ///
+    /// # Safety
+    /// As for [`send`](Staging::send).
+    pub unsafe fn send_all(
+        &mut self,
+        mut to: usize,
+        bytes: &[u8],
+        stream: sys::CUstream,
+    ) -> Result<(), String> {
+        for bytes in bytes.chunks(BYTES) {
+            self.next(bytes.len())?[..bytes.len()].copy_from_slice(bytes);
+            // SAFETY: the caller's obligation.
+            unsafe { self.send(to, bytes.len(), stream)? };
+            to += bytes.len();
+        }
+        Ok(())
     }
 
     /// Starts to copy the first `bytes` bytes of the buffer that [`next`](Staging::next) gave.
@@ -71,7 +98,48 @@ impl Staging {
     }
 }
 
+/// The buffer for what comes back.
+pub(super) struct Landing(Pinned);
+
+impl Landing {
+    /// # Safety
+    /// As for [`Staging::new`].
+    pub unsafe fn new() -> Result<Self, String> {
+        // SAFETY: the caller's obligation.
+        unsafe { Pinned::new(LANDING) }.map(Landing)
+    }
+
+    /// Copies device bytes to `to`, when the stream is done with all before.
+    ///
+    /// # Safety
+    /// `from..from + to.len()` is live memory of the device that nothing writes, and `stream` a live stream of it.
+    pub unsafe fn fetch(
+        &mut self,
+        mut from: usize,
+        to: &mut [u8],
+        stream: sys::CUstream,
+    ) -> Result<(), String> {
+        for to in to.chunks_mut(self.0.bytes) {
+            // SAFETY: the source is the caller's obligation; the target is ours and as long (`chunks_mut`).
+            check("cuMemcpyDtoHAsync", unsafe {
+                sys::cuMemcpyDtoHAsync_v2(self.0.memory, from as u64, to.len(), stream)
+            })?;
+            // SAFETY: the stream lives.
+            check("cuStreamSynchronize", unsafe { sys::cuStreamSynchronize(stream) })?;
+            to.copy_from_slice(&self.0.bytes()[..to.len()]);
+            from += to.len();
+        }
+        Ok(())
+    }
+}
+
 impl Pinned {
+    /// What it holds; no copy is under way.
+    fn bytes(&mut self) -> &mut [u8] {
+        // SAFETY: the memory is ours, as long as it says, and was zeroed when it was made.
+        unsafe { std::slice::from_raw_parts_mut(self.memory.cast(), self.bytes) }
+    }
+
     /// # Safety
     /// As for [`Staging::new`].
     unsafe fn new(bytes: usize) -> Result<Self, String> {
@@ -82,7 +150,7 @@ impl Pinned {
         // SAFETY: as above.
         let code = unsafe { sys::cuMemAllocHost_v2(&mut this.memory, bytes) };
         check("cuMemAllocHost", code).map_err(|problem| {
-            format!("{bytes} bytes of pinned memory, for weights on their way: {problem}")
+            format!("{bytes} bytes of pinned memory, for copies on their way: {problem}")
         })?;
         // SAFETY: the memory was just allocated with this length.
         unsafe { ptr::write_bytes(this.memory.cast::<u8>(), 0, bytes) };

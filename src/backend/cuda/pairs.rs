@@ -76,7 +76,7 @@ pub unsafe fn linear(
         // SAFETY: the caller's obligation.
         return unsafe { product(device, call, rows) };
     }
-    let x = matvec::part(&call.ins[0], &rows);
+    let x = call.ins[0];
     let (matrices, own) = Op::matrices(call.weights.len(), *bias, pairs);
     let cols = call.weights[..matrices].iter().map(|w| w.ty.rows).sum();
     let layout = Layout::new(x.rows, cols, x.cols, call.weights[own..].iter().map(|w| w.ty));
@@ -87,17 +87,15 @@ pub unsafe fn linear(
     // A of all pairs lie end to end, from where that of the first is.
     let first = Call { op: &first, ins: &[x], weights: &call.weights[own..own + 1], outs: &[u], ..*call };
     let beside = Op::SelectRows { select: Select::All };
-    let beside = Call { op: &beside, ins: &[x, u], weights: &[], outs: &[xu], ..*call };
-    let (residual, y) =
-        (call.ins.get(1).map(|view| matvec::part(view, &rows)), matvec::part(&call.outs[0], &rows));
-    let ins = [xu, residual.unwrap_or(View::EMPTY)];
-    let last = Call { ins: &ins[..call.ins.len()], weights: &call.weights[..own], outs: &[y], ..*call };
-    let all = 0..x.rows;
+    let [x, u, some] = [x, u, xu].map(|view| matvec::part(&view, &rows));
+    let beside = Call { op: &beside, ins: &[x, u], weights: &[], outs: &[some], ..*call };
+    let ins = [xu, *call.ins.last().expect("x, and perhaps a residual")];
+    let last = Call { ins: &ins[..call.ins.len()], weights: &call.weights[..own], ..*call };
     // SAFETY: the caller's obligation; u and [x | u] are in the workspace, apart from each other and from the partial
     // sums of both products, which `workspace` made room for.
     unsafe {
-        plain(device, &first, all.clone())?;
+        plain(device, &first, rows.clone())?;
         embed::select_rows(device, &beside)?;
-        product(device, &last, all)
+        product(device, &last, rows)
     }
 }

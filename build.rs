@@ -34,7 +34,7 @@ fn main() {
     for name in ["NVCC", "CUDA_HOME", "CUDA_PATH"] {
         println!("cargo:rerun-if-env-changed={name}");
     }
-    name_commit();
+    name_build();
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     let nvcc = find_nvcc(&out);
     match &nvcc {
@@ -50,9 +50,25 @@ fn main() {
     emulated::compile(&out);
 }
 
-/// Tells a release build of a checkout which commit it is of: `bench` prints it beside every figure.
-/// Development builds do without, or every commit would build the library anew.
-fn name_commit() {
+/// Tells the library how it was built, and a release build of a checkout which commit it is of: `bench` prints both
+/// beside every figure. Development builds do without the commit, or every one would build the library anew.
+fn name_build() {
+    let set = |name: &str| env::var(name).unwrap_or_default();
+    let rustc = Command::new(set("RUSTC")).arg("-V").output();
+    let rustc =
+        rustc.map(|output| String::from_utf8_lossy(&output.stdout).trim().to_string()).unwrap_or_default();
+    let flags = set("CARGO_ENCODED_RUSTFLAGS").replace('\u{1f}', " ");
+    let features: Vec<_> = env::vars()
+        .filter_map(|(name, _)| name.strip_prefix("CARGO_FEATURE_").map(str::to_lowercase))
+        .filter(|feature| feature != "default")
+        .collect();
+    let mut build = format!("opt-level {}, {}, {rustc}", set("OPT_LEVEL"), set("TARGET"));
+    for (what, value) in [("RUSTFLAGS", flags), ("features", features.join(" "))] {
+        if !value.is_empty() {
+            build += &format!(", {what} {value}");
+        }
+    }
+    println!("cargo:rustc-env=TESSERA_BUILD={build}");
     let git = |arguments: &[&str]| {
         let output = Command::new("git").args(arguments).output().ok()?;
         let text = String::from_utf8(output.stdout).ok()?;
@@ -61,9 +77,11 @@ fn name_commit() {
     if env::var("PROFILE").as_deref() != Ok("release") {
         return;
     }
+    let number = git(&["rev-list", "--count", "HEAD"]);
     if let (Some(commit), Some(log)) =
         (git(&["rev-parse", "--short", "HEAD"]), git(&["rev-parse", "--git-path", "logs/HEAD"]))
     {
+        println!("cargo:rustc-env=TESSERA_BUILD_NUMBER={}", number.unwrap_or_default());
         println!("cargo:rerun-if-changed={log}");
         println!("cargo:rustc-env=TESSERA_COMMIT={commit}");
     }

@@ -225,11 +225,18 @@ pub struct Cost {
     pub flops: u64,
     /// Bytes that must move: weights and operands read once, results written once.
     pub bytes: u64,
+    /// Those of them that are weights, keys and values: they are where the last step left them, while the rest
+    /// was made just before or is used just after.
+    pub stored: u64,
 }
 
 impl AddAssign for Cost {
     fn add_assign(&mut self, more: Cost) {
-        *self = Cost { flops: self.flops + more.flops, bytes: self.bytes + more.bytes };
+        *self = Cost {
+            flops: self.flops + more.flops,
+            bytes: self.bytes + more.bytes,
+            stored: self.stored + more.stored,
+        };
     }
 }
 
@@ -307,6 +314,10 @@ impl Op {
     /// token rows of the step see in total (for a single sequence at position p: p + 1 for each row);
     /// only [`Op::PagedAttention`] reads it, and its bytes assume that a sequence's pages are read once.
     pub fn cost(&self, ins: &[View], weights: &[WeightType], outs: &[View], kv: KvExtent) -> Cost {
+        if ins[0].rows == 0 {
+            // Of no rows nothing is computed, and no weight is read.
+            return Cost::default();
+        }
         let flops = match self {
             // The class row of every image is copied, not multiplied.
             Op::PatchEmbed { .. } => 2 * (outs[0].rows - ins[0].rows) * weights[0].len(),
@@ -330,21 +341,20 @@ impl Op {
             Op::Sample => 4 * ins[0].len(),
         };
         let all = |views: &[View]| views.iter().map(View::bytes).sum::<usize>();
-        let weight_bytes = weights.iter().map(WeightType::bytes).sum::<usize>();
-        let bytes = match self {
+        // What is not an operand: rows of a table, weights, pages of keys and values.
+        let table_rows = || ins[0].rows * weights[0].cols * weights[0].dtype.size();
+        let (stored, passing) = match self {
             // Only the rows that are looked up move.
-            Op::EmbedRows => ins[0].rows * weights[0].cols * weights[0].dtype.size() + outs[0].bytes(),
-            Op::EmbedTokens => {
-                ins[0].rows * weights[0].cols * weights[0].dtype.size() + weights[1].bytes() + outs[0].bytes()
-            }
-            Op::SelectRows { .. } => 2 * outs[0].bytes(),
-            // k and v go to their slots; the table is read at one row a position.
+            Op::EmbedRows => (table_rows(), outs[0].bytes()),
+            Op::EmbedTokens => (table_rows() + weights[1].bytes(), outs[0].bytes()),
+            Op::SelectRows { .. } => (0, 2 * outs[0].bytes()),
+            // k and v go to their slots; the rotation table is read at one row a position.
             Op::RopeAppend { kv_heads, head_dim, .. } => {
-                let (page, table) = (ins[4].dtype.size(), ins[3].dtype.size());
-                ins[0].bytes() + outs[0].bytes() + ins[0].rows * head_dim * (2 * kv_heads * page + table)
+                let row = head_dim * (2 * kv_heads * ins[4].dtype.size() + ins[3].dtype.size());
+                (ins[0].rows * row, ins[0].bytes() + outs[0].bytes())
             }
             Op::PagedAttention { kv_heads, head_dim, .. } => {
-                ins[0].bytes() + outs[0].bytes() + 2 * kv.rows * kv_heads * head_dim * ins[4].dtype.size()
+                (2 * kv.rows * kv_heads * head_dim * ins[4].dtype.size(), ins[0].bytes() + outs[0].bytes())
             }
             Op::PatchEmbed { .. }
             | Op::LayerNorm { .. }
@@ -354,9 +364,9 @@ impl Op {
             | Op::GatedLinear { .. }
             | Op::Attention { .. }
             | Op::Sample
-            | Op::L2Normalize => weight_bytes + all(ins) + all(outs),
+            | Op::L2Normalize => (weights.iter().map(WeightType::bytes).sum(), all(ins) + all(outs)),
         };
-        Cost { flops: flops as u64, bytes: bytes as u64 }
+        Cost { flops: flops as u64, bytes: (stored + passing) as u64, stored: stored as u64 }
     }
 }
 

@@ -1,33 +1,24 @@
-//! The instrument: the arithmetic of its figures against numbers worked out by hand, and the forms of what
-//! it prints. Nothing here asserts how long anything takes.
+//! The instrument: the arithmetic of its figures against numbers worked out by hand, and what it runs. Nothing here
+//! asserts how long anything takes. `bench_cli.rs` has the forms of what it prints.
 
 use serde_json::{Value, json};
 use std::fs::File;
 use std::io::Write;
-use std::process::{Command, Output};
-use tessera::backend::Ceilings;
 use tessera::backend::cpu::CpuBackend;
+use tessera::backend::{Backend, CACHED, Ceilings, WorkingSet};
 use tessera::bench::environment::Watch;
-use tessera::bench::measure::Measured;
+use tessera::bench::measure::{Measured, Step, measure};
 use tessera::bench::plan::Test;
-use tessera::bench::report::{Row, Subject};
+use tessera::bench::report::{Latency, Row};
+use tessera::bench::subject::Subject;
 use tessera::model::checkpoint::LoadMode;
 use tessera::model::llava;
 use tessera::model::names;
 use tessera::model::preset::Preset;
 use tessera::model::weights::Weights;
 use tessera::op::{Cost, KvExtent, PAGE};
-use tessera::runtime::{LoadOptions, Model, Source};
+use tessera::runtime::{Engine, LoadOptions, Model, Session, SessionOptions, Source};
 use tessera::tensor::{Bindings, DType};
-
-fn tessera(args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_tessera")).args(args).current_dir(std::env::temp_dir()).output().unwrap()
-}
-
-fn stdout(output: &Output) -> String {
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8(output.stdout.clone()).unwrap()
-}
 
 /// LLaVA-1.5-7B as a header over a hole: shapes without data.
 fn seven_billion() -> (tempfile::TempDir, Weights, tessera::model::config::ModelConfig) {
@@ -98,6 +89,117 @@ fn work_of_the_7b_model_is_what_a_person_counts() {
     close("decode bytes", step(1, 1023).bytes, decode, 2e-3);
 }
 
+/// The floors of LLaVA-1.5-7B on a machine of 500 GFLOP/s and 50 GB/s.
+#[test]
+fn floors_of_the_7b_model_are_what_a_person_works_out() {
+    let ceilings = Ceilings { flops_per_s: 5e11, bytes_per_s: 5e10, ..Ceilings::default() };
+    let set = WorkingSet { stored: 14_100_000_000, passing: 14 << 20 };
+    // Decode: 6,607,339,520 weights of two bytes, 13.214 GB, at 50 GB/s.
+    let params: u64 = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008) + 4096 * 32064;
+    assert_eq!(params, 6_607_339_520);
+    let decode = Cost { flops: 2 * params, bytes: 2 * params, stored: 2 * params };
+    assert!((ceilings.floor(decode, set) - 0.264_293_6).abs() < 1e-6, "{}", ceilings.floor(decode, set));
+    assert_eq!(ceilings.bound(decode, set), "bytes");
+    // One picture: 23 blocks of 15,884,357,632 operations and the patches, 366,033,858,560 in all, at 500 GFLOP/s.
+    let block: u64 = 2 * 577 * 12 * 1024 * 1024 + 4 * 577 * 577 * 1024;
+    assert_eq!(block, 15_884_357_632);
+    let tower = Cost { flops: 23 * block + 2 * 576 * 588 * 1024, bytes: 600_000_000, stored: 580_000_000 };
+    assert!((ceilings.floor(tower, set) - 0.732_067_7).abs() < 1e-6, "{}", ceilings.floor(tower, set));
+    assert_eq!(ceilings.bound(tower, set), "flops");
+}
+
+/// What a cache holds is not held against memory: a percentage stays one.
+#[test]
+fn small_working_sets_are_held_against_caches() {
+    let mut ceilings = Ceilings { flops_per_s: 1e15, bytes_per_s: 1e10, ..Ceilings::default() };
+    // 256 KiB to 2 MiB at ten times memory's rate, up to 16 MiB at three times, with one level that was disturbed.
+    ceilings.cached_per_s = [1e11, 9e10, 1e11, 1e11, 3e10, 2e10, 3e10, 1e10, 1e10, 1e10, 1e10];
+    let cases = [
+        (1, 1e11),
+        (300 << 10, 1e11),
+        (3 << 20, 1e11),
+        (5 << 20, 3e10),
+        (10 << 20, 3e10),
+        (16 << 20, 3e10),
+        (40 << 20, 1e10),
+        (1 << 40, 1e10),
+    ];
+    for (bytes, rate) in cases {
+        assert_eq!(ceilings.read_rate(bytes), rate, "{bytes} bytes");
+    }
+    assert_eq!(CACHED[0] << 10, CACHED[10]);
+    let cost = Cost { flops: 0, bytes: 3_000_000, stored: 2_000_000 };
+    // 2 MB of a set of 8 MiB and 1 MB of 1 MB: 2e6 / 3e10 + 1e6 / 1e11.
+    let set = WorkingSet { stored: 8 << 20, passing: 1_000_000 };
+    assert!((ceilings.floor(cost, set) - (2e6 / 3e10 + 1e6 / 1e11)).abs() < 1e-12);
+    assert_eq!(ceilings.bound(cost, set), "cache");
+    // Of a GPU memory's rate alone is known.
+    let gpu = Ceilings { cached_per_s: [0.0; 11], ..ceilings };
+    assert_eq!((gpu.read_rate(1), gpu.bound(cost, set)), (1e10, "bytes"));
+}
+
+#[test]
+fn the_machine_has_ceilings_for_every_working_set() {
+    let ceilings = CpuBackend::new(Some(2)).unwrap().ceilings(&[]).unwrap().unwrap();
+    for (bytes, rate) in CACHED.into_iter().zip(ceilings.cached_per_s) {
+        assert!(rate.is_finite() && rate > 0.0 && ceilings.read_rate(bytes) >= rate, "{bytes}: {ceilings:?}");
+    }
+}
+
+#[test]
+fn percentiles_are_those_of_numpy() {
+    // numpy.percentile([1, 2, 3, 4, 10], [50, 90, 99]) is 3, 7.6 and 9.76; their standard deviation is sqrt(50/4).
+    let seconds = [0.004, 0.001, 0.010, 0.003, 0.002];
+    let l = Latency::new("ITL", &seconds);
+    for (found, by_hand) in
+        [(l.mean_ms, 4.0), (l.p50_ms, 3.0), (l.p90_ms, 7.6), (l.p99_ms, 9.76), (l.stddev_ms, 12.5f64.sqrt())]
+    {
+        assert!((found - by_hand).abs() < 1e-9, "{found}, by hand {by_hand}");
+    }
+}
+
+/// An engine over the demo model with steps of 12 rows.
+fn demo_engine() -> Engine {
+    let model =
+        Model::load(&Source::Demo, &LoadOptions { threads: Some(1), ..LoadOptions::default() }).unwrap();
+    let options = SessionOptions {
+        context: Some(1024),
+        kv_memory: Some(64 << 20),
+        prefill_chunk: 12,
+        max_sequences: 4,
+        ..SessionOptions::default()
+    };
+    Engine::new(Session::new(std::sync::Arc::new(model), options).unwrap())
+}
+
+/// Four prompts of ten are 40 rows: four steps of twelve and less, in each of which all four advance by three.
+#[test]
+fn a_batch_of_prompts_advances_together() {
+    let mut engine = demo_engine();
+    let test = Test::Text { prompt: 10, generate: 2, depth: 0, batch: 4 };
+    let measured = measure(&mut engine, test, (0, 2), None).unwrap();
+    let rows: Vec<u64> = measured.steps.iter().map(|step| step.cost.flops).collect();
+    // 3, 3, 3 and 1 of each, then one decode step: the first of two tokens comes from the prompt.
+    assert_eq!(rows.len(), 5, "{rows:?}");
+    assert!(rows[0] < rows[1] && rows[1] < rows[2], "later rows see more: {rows:?}");
+    let count = |what| measured.latencies.iter().find(|l| l.0 == what).unwrap().1.len();
+    assert_eq!((count("TTFT"), count("ITL"), count("TPOT")), (8, 8, 8), "of each sequence and repetition");
+    assert_eq!((measured.units, measured.cache_hits), (48, 0));
+}
+
+/// The same file twice in a repetition, and in three repetitions: it is looked at six times.
+#[test]
+fn a_given_picture_is_never_served_from_the_cache() {
+    let mut engine = demo_engine();
+    let file = std::fs::read(format!("{}/assets/samples/scene1.png", env!("CARGO_MANIFEST_DIR"))).unwrap();
+    for test in [Test::Image { images: 2 }, Test::FirstToken { images: 2, prompt: 4 }] {
+        let measured = measure(&mut engine, test, (1, 2), Some(&file)).unwrap();
+        assert_eq!(measured.cache_hits, 0, "{test}");
+        let vision = &measured.latencies.iter().find(|l| l.0 == "vision").unwrap().1;
+        assert!(vision.len() == 4 && vision.iter().all(|seconds| *seconds > 0.0), "{test}: {vision:?}");
+    }
+}
+
 #[test]
 fn a_row_says_what_its_samples_say() {
     let model =
@@ -105,18 +207,24 @@ fn a_row_says_what_its_samples_say() {
     let subject = Subject::new(&model, LoadMode::Mmap, 64);
     assert_eq!(subject.weights_sha256_sampled.len(), 64);
     let test = Test::Text { prompt: 0, generate: 4, depth: 8, batch: 2 };
-    let step = Cost { flops: 1_000_000, bytes: 40_000_000 };
+    // Weights of a gigabyte, which no cache holds.
+    let step = Step {
+        cost: Cost { flops: 1_000_000, bytes: 40_000_000, stored: 40_000_000 },
+        set: WorkingSet { stored: 1 << 30, passing: 0 },
+    };
     let measured = Measured {
         samples: vec![0.010, 0.014],
         units: 8,
         latencies: vec![("ITL", vec![0.002, 0.004, 0.003])],
         steps: vec![step; 4],
         launches: 80,
-        replayed: false,
+        replays: 0,
+        counts: None,
+        cache_hits: 0,
     };
     // A step's bytes take 2 ms at 20 GB/s, its FLOPs 0.01 ms at 100 GFLOP/s: the floor of four is 8 ms.
-    let ceilings = Ceilings { flops_per_s: 1e11, bytes_per_s: 2e10 };
-    let row = Row::new(&subject, test, &measured, 1, Some(ceilings), Watch::begin().end(), 0);
+    let ceilings = Ceilings { flops_per_s: 1e11, bytes_per_s: 2e10, ..Ceilings::default() };
+    let row = Row::new(&subject, test, &measured, 1, Some(ceilings), Watch::begin(None).end(), 0);
     assert_eq!((row.test.as_str(), row.n_sequences, row.bound_by), ("tg4 b2 @ d8", 2, Some("bytes")));
     assert_eq!((row.avg_ns, row.samples_ns.clone()), (12_000_000, vec![10_000_000, 14_000_000]));
     let near = |found: Option<f64>, by_hand: f64| {
@@ -128,222 +236,17 @@ fn a_row_says_what_its_samples_say() {
     near(row.tflops, 4e6 / 0.012 / 1e12);
     near(Some(row.avg_ts), (800.0 + 8.0 / 0.014) / 2.0);
     near(row.spread, (2.0f64 * 0.002f64.powi(2)).sqrt() / 0.012);
-    assert_eq!((row.launches_per_step, row.latencies[0].p50_ms), (20.0, 3.0));
+    assert_eq!((row.launches_per_step, row.steps, row.latencies[0].p50_ms), (20.0, 4, 3.0));
+    assert_eq!((row.graph_replay, row.working_set), (false, 1 << 30));
+    let replayed = Measured { replays: 4, cache_hits: 2, ..measured.clone() };
+    let row = Row::new(&subject, test, &replayed, 1, Some(ceilings), Watch::begin(None).end(), 0);
+    assert!(
+        row.graph_replay && row.graph_replays == 4 && row.doubts.join(" ").contains("2 pictures or tokens")
+    );
 
     // Where nothing is timed there are counts, and no figure that could be taken for a measurement.
-    let counts = Row::new(&subject, test, &measured, 0, None, Watch::begin().end(), 0);
+    let counts = Row::new(&subject, test, &measured, 0, None, Watch::begin(None).end(), 0);
     assert_eq!((counts.avg_ns, counts.samples_ns.len(), counts.latencies.len()), (0, 0, 0));
     assert_eq!((counts.floor_ms, counts.gbps, counts.spread), (None, None, None));
     assert_eq!(counts.bytes, 160_000_000);
-}
-
-/// What llama-bench writes of these names, with the same meaning.
-const LLAMA_BENCH: [&str; 23] = [
-    "build_commit",
-    "cpu_info",
-    "gpu_info",
-    "backends",
-    "model_filename",
-    "model_type",
-    "model_size",
-    "model_n_params",
-    "n_batch",
-    "n_threads",
-    "type_k",
-    "type_v",
-    "use_mmap",
-    "n_prompt",
-    "n_gen",
-    "n_depth",
-    "test_time",
-    "avg_ns",
-    "stddev_ns",
-    "avg_ts",
-    "stddev_ts",
-    "samples_ns",
-    "samples_ts",
-];
-
-#[test]
-fn bench_runs_every_combination_on_the_demo_model() {
-    let args = "bench -p 8,16 -n 3 --pg 4,2 -d 0,5 -b 1,2 --images 1 --ttft 6 -r 2 --prefill-chunk 7 -o jsonl --oe md";
-    let output = tessera(&args.split(' ').collect::<Vec<_>>());
-    let rows: Vec<Value> = stdout(&output).lines().map(|line| serde_json::from_str(line).unwrap()).collect();
-    let tests: Vec<_> = rows.iter().map(|row| row["test"].as_str().unwrap()).collect();
-    assert_eq!(tests.len(), 1 + 4 * 4 + 1, "{tests:?}");
-    for name in ["img1", "pp8", "pp16 b2 @ d5", "tg3", "pp4+tg2 b2", "ttft img1+pp6"] {
-        assert!(tests.contains(&name), "{name} of {tests:?}");
-    }
-    for row in &rows {
-        for key in LLAMA_BENCH {
-            assert!(!row[key].is_null(), "{key} of {row}");
-        }
-        assert_eq!(row["samples_ns"].as_array().unwrap().len(), 2, "{row}");
-        for key in ["floor_ms", "percent_of_ceiling", "tflops", "gbps", "spread", "avg_ts"] {
-            assert!(row[key].as_f64().is_some_and(|x| x.is_finite() && x >= 0.0), "{key} of {row}");
-        }
-    }
-    let events = |test: &str| -> Vec<String> {
-        let row = rows.iter().find(|row| row["test"] == test).unwrap();
-        row["latencies"].as_array().unwrap().iter().map(|l| l["what"].as_str().unwrap().into()).collect()
-    };
-    assert_eq!(events("img1"), ["decode", "resize", "vision", "projector"]);
-    assert_eq!(events("tg3"), ["ITL", "TPOT"]);
-    assert_eq!(events("pp4+tg2"), ["TTFT", "ITL", "TPOT"]);
-    let table = String::from_utf8_lossy(&output.stderr);
-    assert!(table.contains("| model | size | params | backend | threads | test | t/s |"), "{table}");
-    assert!(table.contains("ceilings of this run"), "{table}");
-}
-
-#[test]
-fn csv_has_a_cell_for_every_column() {
-    let csv = stdout(&tessera(&["bench", "-p", "4", "-n", "0", "--images", "0", "-r", "1", "-o", "csv"]));
-    let mut reader = csv.lines();
-    let columns = reader.next().unwrap().split(',').count();
-    let row = reader.next().unwrap();
-    assert!(columns > LLAMA_BENCH.len() && reader.next().is_none());
-    // A comma outside quotes separates; quotes inside a cell are doubled.
-    let mut quoted = false;
-    let separators = row.chars().filter(|&c| {
-        quoted ^= c == '"';
-        c == ',' && !quoted
-    });
-    assert_eq!(separators.count() + 1, columns, "{row}");
-}
-
-#[test]
-fn an_unsteady_run_fails_and_says_which_row() {
-    let output = tessera(&"bench -p 4 -n 0 --images 0 -r 3 --max-spread 0".split(' ').collect::<Vec<_>>());
-    assert_eq!(output.status.code(), Some(1));
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    assert!(stderr.contains("too unsteady") && stderr.contains("pp4"), "{stderr}");
-}
-
-#[test]
-fn reports_are_compared_and_misuse_is_explained() {
-    let dir = tempfile::tempdir().unwrap();
-    let row = |ns: [u64; 3]| json!({"test": "pp8", "n_threads": 1, "samples_ns": ns}).to_string();
-    let write = |name: &str, text: String| {
-        let path = dir.path().join(name);
-        std::fs::write(&path, text).unwrap();
-        path.display().to_string()
-    };
-    let (fast, slow) = (write("a", row([100, 101, 102])), write("b", row([150, 151, 152])));
-    let same = tessera(&["bench", "compare", &fast, &fast]);
-    assert!(stdout(&same).contains("no difference shown"));
-    let worse = tessera(&["bench", "compare", &fast, &slow]);
-    assert_eq!(worse.status.code(), Some(1));
-    assert!(String::from_utf8_lossy(&worse.stdout).contains("regression"));
-    assert!(stdout(&tessera(&["bench", "compare", &slow, &fast])).contains("faster"));
-    for args in [
-        &["bench", "-p", "x"][..],
-        &["bench", "-p", "4-1"],
-        &["bench", "compare", &fast, &fast, "--bound", "2"],
-        &["bench", "ops", "--shape", "1,2"],
-    ] {
-        assert_eq!(tessera(args).status.code(), Some(2), "{args:?}");
-    }
-    assert_eq!(tessera(&["bench", "compare", &fast, "no-such-file"]).status.code(), Some(1));
-}
-
-#[test]
-fn ops_are_timed_where_they_stand() {
-    let parts: Value =
-        serde_json::from_str(&stdout(&tessera(&["bench", "ops", "-p", "9", "-d", "4", "-r", "2", "--json"])))
-            .unwrap();
-    let parts = parts.as_array().unwrap();
-    assert_eq!(parts.len(), 3);
-    for part in parts {
-        let ops = part["ops"].as_array().unwrap();
-        let linear = ops.iter().find(|op| op["op"] == "Linear").unwrap_or_else(|| panic!("{part}"));
-        assert!(
-            linear["calls"].as_u64().unwrap() % 2 == 0 && linear["flops"].as_u64().unwrap() > 0,
-            "{linear}"
-        );
-    }
-    let filtered =
-        stdout(&tessera(&["bench", "ops", "-p", "4", "-d", "0", "-r", "1", "--filter", "rmsnorm"]));
-    assert!(filtered.contains("RmsNorm") && !filtered.contains("| Linear"), "{filtered}");
-    let one: Value = serde_json::from_str(&stdout(&tessera(&[
-        "bench",
-        "ops",
-        "--shape",
-        "3,64,1024",
-        "-r",
-        "1",
-        "--json",
-    ])))
-    .unwrap();
-    assert_eq!(one[0]["ops"][0]["shape"], "3x1024 64x1024 f16");
-}
-
-/// The trace against the format's rules, and against itself: ops lie in layers, layers in stages.
-#[test]
-fn the_trace_nests() {
-    let dir = tempfile::tempdir().unwrap();
-    let path = |name: &str| dir.path().join(name).display().to_string();
-    let image = format!("{}/assets/samples/scene1.png", env!("CARGO_MANIFEST_DIR"));
-    let (trace, svg) = (path("trace.json"), path("roofline.svg"));
-    let output = tessera(&[
-        "profile",
-        "--image",
-        &image,
-        "--max-tokens",
-        "3",
-        "-o",
-        &trace,
-        "--svg",
-        &svg,
-        "--summary",
-    ]);
-    assert!(stdout(&output).contains("| Linear |"));
-    assert!(String::from_utf8_lossy(&output.stderr).contains("spans at"));
-    let svg = std::fs::read_to_string(svg).unwrap();
-    assert!(svg.starts_with("<svg") && svg.trim_end().ends_with("</svg>") && svg.contains("<circle"));
-
-    let trace: Value = serde_json::from_slice(&std::fs::read(trace).unwrap()).unwrap();
-    assert_eq!(trace["displayTimeUnit"], "ms");
-    let events = trace["traceEvents"].as_array().unwrap();
-    let mut tracks: [Vec<(f64, f64)>; 4] = Default::default();
-    for event in events {
-        let tid = event["tid"].as_u64().unwrap() as usize;
-        assert!(event["name"].is_string() && event["pid"].is_u64(), "{event}");
-        match event["ph"].as_str().unwrap() {
-            "M" => assert!(event["args"].is_object(), "{event}"),
-            "X" => {
-                let (ts, dur) = (event["ts"].as_f64().unwrap(), event["dur"].as_f64().unwrap());
-                assert!(ts >= 0.0 && dur >= 0.0, "{event}");
-                tracks[tid].push((ts, ts + dur));
-            }
-            other => panic!("{other}"),
-        }
-    }
-    let [_, stages, layers, ops] = tracks;
-    assert!(!stages.is_empty() && !layers.is_empty() && ops.len() > layers.len());
-    let inside =
-        |outer: &[(f64, f64)], (a, b): (f64, f64)| outer.iter().any(|&(c, d)| c <= a + 0.01 && b <= d + 0.01);
-    assert!(ops.iter().all(|&op| inside(&layers, op)), "an op outside every layer");
-    assert!(layers.iter().all(|&layer| inside(&stages, layer)), "a layer outside every stage");
-    let stages: Vec<_> =
-        events.iter().filter(|e| e["cat"] == "stages").map(|e| e["name"].as_str().unwrap()).collect();
-    assert!(
-        stages.contains(&"decode") && stages.contains(&"resize") && stages.contains(&"decode 1"),
-        "{stages:?}"
-    );
-    assert!(
-        stages.iter().any(|s| s.starts_with("prefill")) && stages.iter().any(|s| s.starts_with("vision")),
-        "{stages:?}"
-    );
-    let op = events.iter().find(|e| e["cat"] == "ops" && e["args"]["op"] == "Linear").unwrap();
-    assert!(op["args"]["flops"].as_u64().unwrap() > 0 && op["args"]["shape"].is_string(), "{op}");
-}
-
-#[test]
-fn startup_is_timed_from_outside() {
-    let starts: Value =
-        serde_json::from_str(&stdout(&tessera(&["bench", "startup", "-r", "1", "--json"]))).unwrap();
-    for kind in starts.as_array().unwrap() {
-        let start = &kind["starts"][0];
-        assert!(start["first_token_ms"].as_f64().unwrap() > start["ready_ms"].as_f64().unwrap(), "{kind}");
-    }
 }

@@ -118,13 +118,17 @@ fn costs_are_those_computed_by_hand() {
     assert_eq!(cost.flops, 4 * 577 * 577 * 1024);
 
     let decode = linear(1, 4096, 4096);
-    assert_eq!(decode, Cost { flops: 33_554_432, bytes: 33_554_432 + 2 * 4096 * 4 });
+    assert_eq!(decode, Cost { flops: 33_554_432, bytes: 33_554_432 + 2 * 4096 * 4, stored: 33_554_432 });
+    // The head of a chunk whose logits nobody wants.
+    assert_eq!(linear(0, 32064, 4096), Cost::default());
 
     // A pair of rank 128 on 4096 x 4096 is a sixteenth more.
     let weights = [weight(4096, 4096), weight(128, 4096), weight(4096, 128)];
     let with_pair = adapted(&[0]).cost(&[view(1, 4096)], &weights, &[view(1, 4096)], none);
     let more = 2 * 2 * 128 * 4096;
-    assert_eq!(with_pair, Cost { flops: decode.flops + more, bytes: decode.bytes + more });
+    let expected =
+        Cost { flops: decode.flops + more, bytes: decode.bytes + more, stored: decode.stored + more };
+    assert_eq!(with_pair, expected);
 
     // 640 rows see 640 * 641 / 2 keys in all; one row at context 1024 reads 1025 positions of K and V.
     let paged = Op::PagedAttention { heads: 32, kv_heads: 32, head_dim: 128 };
@@ -133,7 +137,7 @@ fn costs_are_those_computed_by_hand() {
     assert_eq!(cost.flops, 4 * 4096 * 640 * 641 / 2);
     let ins = [view(1, 4096), view(0, 0), view(0, 0), view(0, 0), view(0, 0), view(0, 0)];
     let cost = paged.cost(&ins, &[], &[view(1, 4096)], KvExtent::of(1024, 1));
-    assert_eq!(cost.bytes, 2 * 1025 * 4096 * 4 + 2 * 4096 * 4);
+    assert_eq!((cost.stored, cost.bytes - cost.stored), (2 * 1025 * 4096 * 4, 2 * 4096 * 4));
 
     // The class row of an image is copied, not multiplied: 576 patches of 588 pixels.
     let patches = Op::PatchEmbed { image: 336, patch: 14 };

@@ -95,12 +95,35 @@ pub struct Call<'a> {
 }
 
 /// What a device can do at most, as loops that do nothing else show.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct Ceilings {
     /// Floating-point operations per second.
     pub flops_per_s: f64,
     /// Bytes read per second, from memory that no cache holds.
     pub bytes_per_s: f64,
+    /// Bytes read per second again and again from [`CACHED`] bytes, each twice as many as the last; 0 where it was
+    /// not measured, as on a GPU.
+    pub cached_per_s: [f64; CACHED.len()],
+}
+
+/// Working sets whose read rates are measured, in bytes: from what a core keeps to what no processor does.
+pub const CACHED: [u64; 11] = {
+    let mut sizes = [256 << 10; 11];
+    let mut i = 1;
+    while i < sizes.len() {
+        sizes[i] = 2 * sizes[i - 1];
+        i += 1;
+    }
+    sizes
+};
+
+/// How many bytes are used again and again while an op, or a step, runs: they decide what a cache can give.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct WorkingSet {
+    /// Weights, keys and values: [`Cost::stored`] comes from among these.
+    pub stored: u64,
+    /// Activations.
+    pub passing: u64,
 }
 
 impl Ceilings {
@@ -109,12 +132,72 @@ impl Ceilings {
         Ceilings {
             flops_per_s: self.flops_per_s.max(other.flops_per_s),
             bytes_per_s: self.bytes_per_s.max(other.bytes_per_s),
+            cached_per_s: std::array::from_fn(|i| self.cached_per_s[i].max(other.cached_per_s[i])),
         }
     }
 
-    /// Seconds that work takes at least.
-    pub fn floor(&self, cost: Cost) -> f64 {
-        (cost.flops as f64 / self.flops_per_s).max(cost.bytes as f64 / self.bytes_per_s)
+    /// The rate at which bytes of a working set of this size can be read at most: that of the largest set measured
+    /// that is no larger.
+    pub fn read_rate(&self, working_set: u64) -> f64 {
+        let level = CACHED.iter().rposition(|&size| size <= working_set).unwrap_or(0);
+        match CACHED.last() {
+            Some(&last) if working_set >= 2 * last => self.bytes_per_s,
+            // What a small loop reaches, a cache at least gives; a level that was disturbed is no ceiling.
+            _ => self.cached_per_s[level..].iter().copied().fold(self.bytes_per_s, f64::max),
+        }
+    }
+
+    /// Seconds that work takes at least: the longer of computing and of moving.
+    pub fn floor(&self, cost: Cost, set: WorkingSet) -> f64 {
+        (cost.flops as f64 / self.flops_per_s).max(self.moving(cost, set))
+    }
+
+    /// What makes the floor: `flops`, `bytes`, or `cache` where the bytes can come from one.
+    pub fn bound(&self, cost: Cost, set: WorkingSet) -> &'static str {
+        if cost.flops as f64 / self.flops_per_s > self.moving(cost, set) {
+            return "flops";
+        }
+        // Memory's rate varies; a cache is a good deal faster.
+        let cached = self.moving(cost, set) < 0.8 * (cost.bytes as f64 / self.bytes_per_s);
+        if cached { "cache" } else { "bytes" }
+    }
+
+    /// Seconds that the bytes take at least to be moved.
+    fn moving(&self, cost: Cost, set: WorkingSet) -> f64 {
+        cost.stored as f64 / self.read_rate(set.stored)
+            + (cost.bytes - cost.stored) as f64 / self.read_rate(set.passing)
+    }
+}
+
+/// What a device that counts its work has done.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Counts {
+    /// Kernels launched.
+    pub launches: u64,
+    /// Barriers that a block, or a warp, went through.
+    pub barriers: u64,
+    /// Accesses to memory that were checked.
+    pub accesses: u64,
+}
+
+impl Counts {
+    /// What was done since.
+    pub fn since(self, before: Self) -> Self {
+        Counts {
+            launches: self.launches - before.launches,
+            barriers: self.barriers - before.barriers,
+            accesses: self.accesses - before.accesses,
+        }
+    }
+}
+
+impl std::ops::AddAssign for Counts {
+    fn add_assign(&mut self, more: Self) {
+        *self = Counts {
+            launches: self.launches + more.launches,
+            barriers: self.barriers + more.barriers,
+            accesses: self.accesses + more.accesses,
+        };
     }
 }
 
@@ -161,6 +244,25 @@ pub trait Backend: Send + Sync {
         let start = Instant::now();
         work()?;
         Ok(start.elapsed())
+    }
+
+    /// What has been done so far, on a device that counts: the emulated one, where nothing is timed.
+    fn counts(&self) -> Option<Counts> {
+        None
+    }
+
+    /// Begins a range that a profiler of this device shows, inside the one that is open.
+    fn begin_range(&self, _name: &str) {}
+
+    /// Ends the range that began last.
+    fn end_range(&self) {}
+
+    /// From now on each thread that computes writes down when it worked, the first `capacity` times; 0 stops it.
+    fn watch_threads(&self, _capacity: usize) {}
+
+    /// What they wrote, thread by thread; nothing where another device computes.
+    fn thread_parts(&self) -> Vec<Vec<(Instant, Instant)>> {
+        Vec::new()
     }
 
     /// Bytes that are free for weights; `None` for a device that uses them where they are.

@@ -1,15 +1,19 @@
 //! Runs tests on an engine and keeps every sample.
 //!
 //! Prompts and pictures are drawn anew for each repetition, so that no cache can flatter, and sequences
-//! begin empty. Inside the clock: sampling on the device, and for pictures everything from the file's bytes
-//! on. Outside: tokenisation and detokenisation, for ids are drawn and not shown.
+//! begin empty; what came from a cache all the same is counted. Inside the clock: sampling on the device, and for
+//! pictures everything from the file's bytes on. Outside: tokenisation and detokenisation, for ids are drawn and
+//! not shown, and all counting.
 
+use super::drawn::{Random, vary};
 use super::plan::Test;
+use crate::backend::{Counts, WorkingSet};
 use crate::error::Result;
+use crate::graph::{Executor, Graph};
 use crate::op::{Cost, KvExtent};
-use crate::runtime::{Advance, Engine, Phase, Sampling, Sequence, Want};
+use crate::runtime::{Advance, Engine, ImageHandle, Phase, Sampling, Sequence, Want};
 use crate::tensor::Bindings;
-use image::codecs::jpeg::JpegEncoder;
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 /// What the repetitions of a test gave. Times are in seconds.
@@ -22,18 +26,43 @@ pub struct Measured {
     /// Times of single events over all repetitions, by name: stages of a picture, TTFT, TPOT, ITL.
     pub latencies: Vec<(&'static str, Vec<f64>)>,
     /// The work of each step of one repetition.
-    pub steps: Vec<Cost>,
+    pub steps: Vec<Step>,
     /// Ops that were started in one repetition.
     pub launches: usize,
-    /// Whether recorded launches were replayed.
-    pub replayed: bool,
+    /// How many recordings were replayed inside the clock of one repetition.
+    pub replays: usize,
+    /// What the device counted inside the clock of one repetition, where it counts.
+    pub counts: Option<Counts>,
+    /// Pictures and tokens that came from a cache, over all repetitions: 0, or the times flatter.
+    pub cache_hits: usize,
 }
 
-/// Side lengths of the pictures that are drawn.
-const PICTURE: (u32, u32) = (1024, 768);
+/// The work of a step, and what it uses again and again.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Step {
+    /// What is done.
+    pub cost: Cost,
+    /// Among which bytes.
+    pub set: WorkingSet,
+}
 
-/// Runs a test: `warmups` repetitions that are forgotten, then `repetitions`. `encoded` pictures replace
-/// the drawn ones if given.
+impl Step {
+    /// Some nodes of a graph on bound shapes. A step goes through all weights of its graph; what one op makes
+    /// the next one uses.
+    fn new(graph: &Graph, nodes: Range<usize>, bindings: &Bindings, kv: KvExtent) -> Self {
+        let mut step =
+            Step { set: WorkingSet { stored: graph.weight_bytes(), passing: 0 }, ..Step::default() };
+        for node in nodes {
+            let cost = graph.cost(node..node + 1, bindings, kv);
+            step.cost += cost;
+            step.set.passing = step.set.passing.max(cost.bytes - cost.stored);
+        }
+        step
+    }
+}
+
+/// Runs a test: `warmups` repetitions that are forgotten, then `repetitions`. Variations of an encoded `picture`
+/// replace the drawn ones if given.
 ///
 /// # Errors
 /// Whatever the engine says; [`Error::Cancelled`](crate::Error::Cancelled).
@@ -45,9 +74,12 @@ pub fn measure(
 ) -> Result<Measured> {
     let mut all = Measured::default();
     for repetition in 0..warmups + repetitions {
-        let mut run = Run { engine, random: Random(repetition as u64), done: Measured::default() };
-        let seconds = run.test(test, picture)?;
-        let done = run.done;
+        let random = Random::of(test, repetition);
+        let mut run =
+            Run { engine, random, picture, repetition, asked: Vec::new(), done: Measured::default() };
+        let seconds = run.test(test)?;
+        let done = run.finish();
+        all.cache_hits += done.cache_hits;
         if repetition < warmups {
             continue;
         }
@@ -59,59 +91,99 @@ pub fn measure(
             }
         }
         (all.units, all.steps, all.launches) = (done.units, done.steps, done.launches);
+        (all.replays, all.counts) = (done.replays, done.counts);
     }
-    let session = engine.session();
-    all.replayed = match test {
-        Test::Image { .. } | Test::FirstToken { .. } => {
-            session.vision().is_some_and(|vision| vision.replays())
-        }
-        Test::Text { .. } => session.language().replays(),
-    };
     Ok(all)
+}
+
+/// TTFT, ITL and TPOT of an answer, as vLLM defines them, by the times from the request until each token: until
+/// the first, between two, and the mean of those between; the latter two are empty for one token.
+pub fn token_times(tokens: &[Duration]) -> (Duration, Vec<Duration>, Option<Duration>) {
+    let between: Vec<_> = tokens.windows(2).map(|pair| pair[1] - pair[0]).collect();
+    let mean = (!between.is_empty()).then(|| between.iter().sum::<Duration>() / between.len() as u32);
+    (tokens.first().copied().unwrap_or_default(), between, mean)
 }
 
 /// One repetition.
 struct Run<'a> {
     engine: &'a mut Engine,
     random: Random,
+    picture: Option<&'a [u8]>,
+    repetition: usize,
+    /// Steps of the language graph inside the clock; what they cost is worked out after it has stopped.
+    asked: Vec<(Bindings, KvExtent)>,
     done: Measured,
 }
 
 impl Run<'_> {
-    fn test(&mut self, test: Test, picture: Option<&[u8]>) -> Result<f64> {
+    fn test(&mut self, test: Test) -> Result<f64> {
         match test {
             Test::Image { images } => {
                 self.done.units = images;
-                self.images(images, picture).map(|(time, _)| time.as_secs_f64())
+                self.images(images).map(|(time, _)| time.as_secs_f64())
             }
             Test::Text { prompt, generate, depth, batch } => self.text(prompt, generate, depth, batch),
-            Test::FirstToken { images, prompt } => self.first_token(images, prompt, picture),
+            Test::FirstToken { images, prompt } => self.first_token(images, prompt),
+        }
+    }
+
+    /// Counts the work of the steps.
+    fn finish(mut self) -> Measured {
+        let graph = self.engine.session().language().graph();
+        for (bindings, kv) in &self.asked {
+            self.done.steps.push(Step::new(graph, 0..graph.nodes.len(), bindings, *kv));
+            self.done.launches += graph.nodes.len();
+        }
+        self.done
+    }
+
+    /// Replays of both graphs, and what the device counted, so far.
+    fn mark(&self) -> (usize, Option<Counts>) {
+        let session = self.engine.session();
+        let replays = session.language().replayed() + session.vision().map_or(0, Executor::replayed);
+        (replays, self.engine.model().backend().counts())
+    }
+
+    /// Adds what was done since a mark.
+    fn add_since(&mut self, (replays, counts): (usize, Option<Counts>)) {
+        let now = self.mark();
+        self.done.replays += now.0 - replays;
+        if let Some((now, before)) = now.1.zip(counts) {
+            *self.done.counts.get_or_insert_default() += now.since(before);
         }
     }
 
     /// Encodes pictures; how long it took from their bytes on, and the pictures.
-    fn images(
-        &mut self,
-        images: usize,
-        picture: Option<&[u8]>,
-    ) -> Result<(Duration, Vec<crate::runtime::ImageHandle>)> {
-        let files: Vec<Vec<u8>> =
-            (0..images).map(|_| picture.map_or_else(|| self.random.picture(), <[u8]>::to_vec)).collect();
+    fn images(&mut self, images: usize) -> Result<(Duration, Vec<ImageHandle>)> {
         let mut total = Duration::ZERO;
         let mut handles = Vec::new();
-        for file in files {
+        let before = self.mark();
+        for i in 0..images {
+            let drawn;
+            let file: &[u8] = match self.picture {
+                Some(file) => file,
+                None => {
+                    drawn = self.random.picture();
+                    &drawn[..]
+                }
+            };
+            let mut decoded = self.engine.decode("a picture", file)?;
+            if self.picture.is_some() {
+                vary(&mut decoded.picture, self.repetition * images + i + 1);
+            }
             let start = Instant::now();
-            let image = self.engine.image("a picture", &file)?;
-            total += start.elapsed();
+            let image = self.engine.encode(&decoded)?;
+            total += decoded.time + start.elapsed();
             let times = image.timings;
+            self.done.cache_hits += usize::from(times.vision.is_zero());
             self.latency("decode", times.decode);
             self.latency("resize", times.preprocess);
             self.latency("vision", times.vision);
             self.latency("projector", times.projector);
-            let image_size = (image.width, image.height);
+            self.count_picture((image.width, image.height));
             handles.push(image);
-            self.count_picture(image_size);
         }
+        self.add_since(before);
         Ok((total, handles))
     }
 
@@ -128,13 +200,13 @@ impl Run<'_> {
             let images = left.min(batch);
             left -= images;
             let bindings = Bindings { images, ..Bindings::default() };
-            self.done.steps.push(graph.cost(nodes.clone(), &bindings, KvExtent::default()));
+            self.done.steps.push(Step::new(graph, nodes.clone(), &bindings, KvExtent::default()));
             self.done.launches += nodes.len();
         }
         if let Some(node) = assembly {
             let tokens = model.config().image_tokens(width, height);
             let bindings = Bindings { tokens, ..Bindings::default() };
-            self.done.steps.push(graph.cost(node..node + 1, &bindings, KvExtent::default()));
+            self.done.steps.push(Step::new(graph, node..node + 1, &bindings, KvExtent::default()));
             self.done.launches += 1;
         }
     }
@@ -145,39 +217,48 @@ impl Run<'_> {
         let mut sequences = Vec::new();
         for _ in 0..batch {
             let ids = self.random.ids(ids, self.vocab());
-            sequences.push(self.engine.session().sequence(&ids, Vec::new(), Sampling::GREEDY)?);
+            sequences.push(self.sequence(&ids, Vec::new())?);
         }
         if depth > 0 {
-            self.prefill(&mut sequences, prompt.max(1))?;
-            (self.done.steps, self.done.launches) = (Vec::new(), 0);
+            self.prefill(&mut sequences, prompt.max(1), Instant::now())?;
+            self.asked.clear();
         }
         self.done.units = batch * (prompt + generate);
+        let mut tokens: Vec<Vec<Duration>> = vec![Vec::with_capacity(generate + 1); batch];
+        let before = self.mark();
         let start = Instant::now();
-        let mut left = generate;
         if prompt > 0 {
-            let next = self.prefill(&mut sequences, 0)?;
-            let first = start.elapsed();
-            if generate > 0 {
-                self.latency("TTFT", first);
-                sequences.iter_mut().zip(next).for_each(|(sequence, id)| sequence.push(id));
-                left -= 1;
+            let next = self.prefill(&mut sequences, 0, start)?;
+            for ((sequence, times), (id, time)) in sequences.iter_mut().zip(&mut tokens).zip(next) {
+                if generate > 0 {
+                    sequence.push(id);
+                    times.push(time);
+                }
             }
         }
-        let decode = Instant::now();
-        for _ in 0..left {
-            let token = Instant::now();
+        for _ in 0..generate - usize::from(prompt > 0).min(generate) {
             let next = self.advance(&mut sequences)?;
-            sequences.iter_mut().zip(next).for_each(|(sequence, id)| sequence.push(id));
-            self.latency("ITL", token.elapsed());
+            let time = start.elapsed();
+            for ((sequence, times), id) in sequences.iter_mut().zip(&mut tokens).zip(next) {
+                sequence.push(id);
+                times.push(time);
+            }
         }
-        if left > 0 {
-            self.latency("TPOT", decode.elapsed() / left as u32);
+        let seconds = start.elapsed().as_secs_f64();
+        self.add_since(before);
+        for times in tokens.iter().filter(|times| !times.is_empty()) {
+            let (first, between, mean) = token_times(times);
+            if prompt > 0 {
+                self.latency("TTFT", first);
+            }
+            between.into_iter().for_each(|time| self.latency("ITL", time));
+            mean.into_iter().for_each(|time| self.latency("TPOT", time));
         }
-        Ok(start.elapsed().as_secs_f64())
+        Ok(seconds)
     }
 
-    fn first_token(&mut self, images: usize, prompt: usize, picture: Option<&[u8]>) -> Result<f64> {
-        let (time, handles) = self.images(images, picture)?;
+    fn first_token(&mut self, images: usize, prompt: usize) -> Result<f64> {
+        let (time, handles) = self.images(images)?;
         let image_token = self.engine.model().config().image_token_id.unwrap_or(0);
         let (mut ids, mut spans) = (Vec::new(), Vec::new());
         for image in handles {
@@ -187,39 +268,55 @@ impl Run<'_> {
         }
         ids.extend(self.random.ids(prompt, self.vocab()));
         self.done.units = ids.len();
+        let before = self.mark();
         let start = Instant::now();
-        let sequence = self.engine.session().sequence(&ids, spans, Sampling::GREEDY)?;
-        self.prefill(&mut [sequence], 0)?;
+        let sequence = self.sequence(&ids, spans)?;
+        self.prefill(&mut [sequence], 0, start)?;
         let prefill = start.elapsed();
+        self.add_since(before);
         self.latency("prefill", prefill);
         self.latency("TTFT", time + prefill);
         Ok((time + prefill).as_secs_f64())
     }
 
-    /// Processes pending ids until `keep` are left in every sequence; the tokens chosen after them, if none is.
-    fn prefill(&mut self, sequences: &mut [Sequence], keep: usize) -> Result<Vec<u32>> {
-        let mut next = vec![0; sequences.len()];
+    fn sequence(
+        &mut self,
+        ids: &[u32],
+        images: Vec<(Range<usize>, std::sync::Arc<crate::runtime::EncodedImage>)>,
+    ) -> Result<Sequence> {
+        let sequence = self.engine.session().sequence(ids, images, Sampling::GREEDY)?;
+        self.done.cache_hits += sequence.cached();
+        Ok(sequence)
+    }
+
+    /// Processes pending ids until `keep` are left in every sequence: all of them advance together, each by its
+    /// share of a step's rows. Of each, if none is kept, the token that follows and when it was there.
+    fn prefill(
+        &mut self,
+        sequences: &mut [Sequence],
+        keep: usize,
+        start: Instant,
+    ) -> Result<Vec<(u32, Duration)>> {
+        let mut next = vec![(0, Duration::ZERO); sequences.len()];
         loop {
-            let mut budget = self.engine.session().prefill_chunk();
-            let (mut advances, mut owners) = (Vec::new(), Vec::new());
-            for (owner, sequence) in sequences.iter_mut().enumerate() {
-                let pending = sequence.pending() - keep;
-                let tokens = pending.min(budget);
-                budget -= tokens;
-                if tokens > 0 {
-                    let want = if keep == 0 && tokens == pending { Want::Next } else { Want::Nothing };
-                    advances.push(Advance { sequence, tokens, want, phase: Phase::Prefill });
-                    owners.push((owner, want));
-                }
-            }
-            if advances.is_empty() {
+            let left = |sequence: &Sequence| sequence.pending() - keep;
+            let waiting = sequences.iter().filter(|sequence| left(sequence) > 0).count();
+            if waiting == 0 {
                 return Ok(next);
             }
+            let share = (self.engine.session().prefill_chunk() / waiting).max(1);
+            let (mut advances, mut owners) = (Vec::new(), Vec::new());
+            for (owner, sequence) in sequences.iter_mut().enumerate().filter(|(_, s)| left(s) > 0) {
+                let tokens = left(sequence).min(share);
+                let last = keep == 0 && tokens == left(sequence);
+                let want = if last { Want::Next } else { Want::Nothing };
+                advances.push(Advance { sequence, tokens, want, phase: Phase::Prefill });
+                owners.push((owner, want));
+            }
             self.step(&mut advances)?;
-            for (i, (owner, want)) in owners.into_iter().enumerate() {
-                if want == Want::Next {
-                    next[owner] = self.engine.session().next(i);
-                }
+            let time = start.elapsed();
+            for (i, (owner, _)) in owners.iter().enumerate().filter(|(_, (_, want))| *want == Want::Next) {
+                next[*owner] = (self.engine.session().next(i), time);
             }
         }
     }
@@ -237,9 +334,7 @@ impl Run<'_> {
     fn step(&mut self, advances: &mut [Advance<'_>]) -> Result<()> {
         let control = self.engine.control.clone();
         self.engine.session_mut().step(advances, &control)?;
-        let session = self.engine.session();
-        self.done.steps.push(session.step_cost());
-        self.done.launches += session.language().graph().nodes.len();
+        self.asked.push(self.engine.session().last_step());
         Ok(())
     }
 
@@ -257,43 +352,18 @@ impl Run<'_> {
     }
 }
 
-/// Numbers from a seed: splitmix64.
-struct Random(u64);
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^ (z >> 31)
-    }
-
-    fn ids(&mut self, n: usize, vocab: u32) -> Vec<u32> {
-        (0..n).map(|_| (self.next() % u64::from(vocab)) as u32).collect()
-    }
-
-    /// A JPEG with the detail of a photograph: gradients under noise.
-    fn picture(&mut self) -> Vec<u8> {
-        let (width, height) = PICTURE;
-        let slopes = [self.next() as u32 % 255, self.next() as u32 % 255, self.next() as u32 % 255];
-        let mut rgb = Vec::with_capacity((width * height * 3) as usize);
-        for y in 0..height {
-            for x in 0..width {
-                let noise = self.next();
-                for (c, slope) in slopes.iter().enumerate() {
-                    let base = (x * slope / width + y * (255 - slope) / height) as u64;
-                    rgb.push((base * 7 / 8 + (noise >> (8 * c)) % 32) as u8);
-                }
-            }
-        }
-        let mut file = Vec::new();
-        let encoded = JpegEncoder::new_with_quality(&mut file, 90).encode(
-            &rgb,
-            width,
-            height,
-            image::ExtendedColorType::Rgb8,
+    #[test]
+    fn token_times_are_those_of_vllm() {
+        let ms = |times: &[u64]| times.iter().map(|&ms| Duration::from_millis(ms)).collect::<Vec<_>>();
+        // (end - first) / (n - 1) = (54 - 30) / 2.
+        assert_eq!(
+            token_times(&ms(&[30, 40, 54])),
+            (Duration::from_millis(30), ms(&[10, 14]), Some(Duration::from_millis(12)))
         );
-        encoded.expect("a picture in memory of valid size");
-        file
+        assert_eq!(token_times(&ms(&[30])), (Duration::from_millis(30), Vec::new(), None));
     }
 }

@@ -13,7 +13,9 @@
 //! [`Ceilings`]: crate::backend::Ceilings
 
 pub mod compare;
+mod drawn;
 pub mod environment;
+pub mod format;
 pub mod measure;
 pub mod ops;
 pub mod plan;
@@ -21,4 +23,5 @@ pub mod report;
 pub mod roofline;
 pub mod startup;
 pub mod stats;
+pub mod subject;
 pub mod trace;

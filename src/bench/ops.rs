@@ -25,17 +25,22 @@ pub fn time_ops(
 ) -> Result<Vec<OpTime>> {
     let (warmups, timed) = repetitions;
     measure(engine, test, (0, warmups.max(1)), None)?;
-    // Every node of every step: a step has at most a graph's nodes, a test at most a step a token.
+    // Every node of every step that is not filling the cache beforehand; those are left out below.
+    let (steps, depth) = match test {
+        Test::Text { prompt, generate, depth, .. } => (prompt + generate, depth),
+        Test::Image { .. } | Test::FirstToken { .. } => (1, 0),
+    };
     let session = engine.session();
     let nodes =
         session.language().graph().nodes.len() + session.vision().map_or(0, |v| v.graph().nodes.len());
-    let steps = 2 + test.positions(0);
-    engine.session_mut().trace(nodes * steps * timed.max(1));
+    let filling = depth.div_ceil(session.prefill_chunk());
+    engine.session_mut().trace(nodes * (steps + filling) * timed.max(1));
     let done = measure(engine, test, (0, timed.max(1)), None);
     let session = engine.session();
+    let generates = matches!(test, Test::Text { prompt: 0, .. });
     let ops = match (test, session.vision()) {
-        (Test::Image { .. }, Some(vision)) => summary(vision, ceilings),
-        _ => summary(session.language(), ceilings),
+        (Test::Image { .. }, Some(vision)) => summary(vision, ceilings, |_| true),
+        _ => summary(session.language(), ceilings, |span| generates == (span.bindings.decode > 0)),
     };
     engine.session_mut().trace(0);
     done.map(|_| ops)
@@ -78,12 +83,12 @@ pub fn time_linear(
     let zeros = vec![0u8; m * k * backend.dtype().size()];
     executor.write(x, &zeros)?;
     let control = Control::default();
-    for timed in [false, true] {
-        executor.trace(if timed { copies * repetitions.1.max(1) } else { 0 });
-        for _ in 0..if timed { repetitions.1.max(1) } else { repetitions.0.max(1) } {
+    for (runs, timed) in [(repetitions.0.max(1), false), (repetitions.1.max(1), true)] {
+        executor.trace(if timed { copies * runs } else { 0 });
+        for _ in 0..runs {
             // SAFETY: the graph has no index inputs and no states, and nobody else has its arena.
             unsafe { executor.run(&bindings, &control)? };
         }
     }
-    Ok(summary(&executor, ceilings))
+    Ok(summary(&executor, ceilings, |_| true))
 }

@@ -45,22 +45,79 @@ pub fn start(program: &Path, args: &[String]) -> Result<Start> {
     Ok(Start { ready_ms, first_token_ms: ready_ms + time("first_token")? })
 }
 
-/// Asks the system to forget what it has cached of the files of a directory; whether it was asked.
-pub fn forget(dir: &Path) -> bool {
-    let Ok(files) = std::fs::read_dir(dir) else { return false };
-    files.flatten().filter(|file| file.path().is_file()).all(|file| drop_cache(&file.path()))
+/// Makes the system forget what it has cached of the files of a directory.
+///
+/// # Errors
+/// Why it did not, in words: a page that some process has mapped, or that was just written, stays.
+pub fn forget(dir: &Path) -> std::result::Result<(), String> {
+    let named = |path: &Path, problem: &dyn std::fmt::Display| format!("{}: {problem}", path.display());
+    let files = std::fs::read_dir(dir).map_err(|error| named(dir, &error))?;
+    let (mut cached, mut all) = (0, 0);
+    for path in files.flatten().map(|entry| entry.path()).filter(|path| path.is_file()) {
+        let file = File::open(&path).map_err(|error| named(&path, &error))?;
+        // Pages that wait to be written are not dropped.
+        file.sync_all().map_err(|error| named(&path, &error))?;
+        let (here, pages) = drop_pages(&file).map_err(|error| named(&path, &error))?;
+        (cached, all) = (cached + here, all + pages);
+    }
+    // A few pages may have been read ahead by others.
+    if cached * 20 > all {
+        return Err(format!("{cached} of {all} pages of {} stayed in the page cache", dir.display()));
+    }
+    Ok(())
 }
 
+/// Drops the pages of a file; how many are still cached, and how many it has.
 #[cfg(target_os = "linux")]
-fn drop_cache(path: &Path) -> bool {
+fn drop_pages(file: &File) -> std::io::Result<(usize, usize)> {
     use std::os::fd::AsRawFd;
-    let Ok(file) = File::open(path) else { return false };
-    // SAFETY: the descriptor is open until `file` is dropped; the call reads no memory of ours.
-    unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) == 0 }
+    // SAFETY: the descriptor is open as long as `file` is; the call reads no memory of ours.
+    let code = unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
+    if code != 0 {
+        return Err(std::io::Error::from_raw_os_error(code));
+    }
+    if file.metadata()?.len() == 0 {
+        return Ok((0, 0));
+    }
+    // SAFETY: the mapping is not read; only whether its pages are in memory is asked.
+    let map = unsafe { memmap2::Mmap::map(file)? };
+    // SAFETY: sysconf reads a number and touches no memory of ours.
+    let page = usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4096);
+    let mut states = vec![0u8; map.len().div_ceil(page)];
+    // SAFETY: the range is the mapping, which begins at a page; there is a byte of ours for each of its pages.
+    let code = unsafe { libc::mincore(map.as_ptr() as *mut _, map.len(), states.as_mut_ptr()) };
+    if code != 0 {
+        return Err(std::io::Error::last_os_error());
+    }
+    Ok((states.iter().filter(|state| **state & 1 == 1).count(), states.len()))
 }
 
 #[cfg(not(target_os = "linux"))]
-fn drop_cache(path: &Path) -> bool {
-    let _ = File::open(path);
-    false
+fn drop_pages(_: &File) -> std::io::Result<(usize, usize)> {
+    Err(std::io::Error::other("this system has no way to drop what it has cached of a file"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_mapped_elsewhere_stays_and_is_said() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("weights");
+        std::fs::write(&path, vec![1u8; 1 << 20]).unwrap();
+        // Where the system forgets, it is seen to: a file system in memory never does, and says so.
+        let first = forget(dir.path());
+        // SAFETY: nobody changes the file while it is mapped.
+        let map = unsafe { memmap2::Mmap::map(&File::open(&path).unwrap()).unwrap() };
+        assert!(map.iter().all(|byte| *byte == 1));
+        let second = forget(dir.path());
+        if cfg!(target_os = "linux") {
+            let reason = second.unwrap_err();
+            assert!(reason.contains("256 of 256 pages"), "{reason}");
+        } else {
+            assert!(first.is_err());
+        }
+        assert!(forget(&dir.path().join("nowhere")).is_err());
+    }
 }

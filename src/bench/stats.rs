@@ -1,5 +1,7 @@
 //! What samples say: mean, spread, percentiles, and how two sets of them compare.
 
+use serde::Serialize;
+
 /// The arithmetic mean; 0 of nothing.
 pub fn mean(samples: &[f64]) -> f64 {
     if samples.is_empty() { 0.0 } else { samples.iter().sum::<f64>() / samples.len() as f64 }
@@ -26,7 +28,7 @@ pub fn percentile(samples: &[f64], p: f64) -> f64 {
 }
 
 /// A ratio and the interval that holds it with 95 % confidence.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Ratio {
     /// The ratio of the geometric means.
     pub ratio: f64,

@@ -1,8 +1,8 @@
-//! Where one run's time went: spans of steps, layers and ops, as a trace that Perfetto and
-//! chrome://tracing open, and as a summary by op.
+//! Where one run's time went: spans of steps, layers, ops and threads, as a trace that Perfetto and
+//! chrome://tracing open (`docs/schema/trace.json`), and as a summary by op.
 
 use super::report::Subject;
-use crate::backend::Ceilings;
+use crate::backend::{Ceilings, WorkingSet};
 use crate::graph::{Executor, Span};
 use crate::op::Cost;
 use serde::Serialize;
@@ -25,7 +25,7 @@ pub struct Event {
 }
 
 /// The rows of the picture, from the coarse to the fine.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Track {
     /// Decode, resize, tower, projector, prefill chunks, decode steps.
     Stages,
@@ -33,6 +33,37 @@ pub enum Track {
     Layers,
     /// Ops; on the CPU each runs on all threads.
     Ops,
+    /// One thread of the CPU by its number, the caller being 0: its parts of ops.
+    Thread(usize),
+}
+
+impl Track {
+    /// Its number in the trace, from the top.
+    fn id(self) -> usize {
+        match self {
+            Track::Stages => 1,
+            Track::Layers => 2,
+            Track::Ops => 3,
+            Track::Thread(thread) => 4 + thread,
+        }
+    }
+
+    /// The category of its events.
+    fn category(self) -> &'static str {
+        match self {
+            Track::Stages => "stages",
+            Track::Layers => "layers",
+            Track::Ops => "ops",
+            Track::Thread(_) => "threads",
+        }
+    }
+
+    fn name(self) -> String {
+        match self {
+            Track::Thread(thread) => format!("thread {thread}"),
+            other => other.category().into(),
+        }
+    }
 }
 
 /// What one op kind on one shape took over the whole run.
@@ -44,14 +75,24 @@ pub struct OpTime {
     pub shape: String,
     /// How often it ran.
     pub calls: usize,
-    /// Seconds in all.
-    pub seconds: f64,
+    /// Seconds in all; none where nothing is timed.
+    pub seconds: Option<f64>,
     /// Work of all calls.
     pub flops: u64,
     /// Bytes of all calls.
     pub bytes: u64,
     /// The sum of the calls' floors, in seconds, where ceilings are known.
     pub floor: Option<f64>,
+    /// What makes most of it: flops, bytes of memory, or bytes that a cache can give.
+    pub bound_by: Option<&'static str>,
+}
+
+impl OpTime {
+    /// How much of its time the ceilings explain, in percent.
+    pub fn percent(&self) -> Option<f64> {
+        let (floor, seconds) = self.floor.zip(self.seconds.filter(|seconds| *seconds > 0.0))?;
+        Some(100.0 * floor / seconds)
+    }
 }
 
 /// The events of an executor's spans, times counted from `epoch`. `stage` names a step that begins with a
@@ -84,8 +125,8 @@ pub fn events(executor: &Executor, epoch: Instant, stage: impl Fn(&Span) -> Stri
             "shape": shape(executor, span),
             "flops": cost.flops,
             "bytes": cost.bytes,
-            "gflops_per_s": round(cost.flops as f64 / (end - start) / 1e3),
-            "gb_per_s": round(cost.bytes as f64 / (end - start) / 1e3),
+            "gflops_per_s": round(cost.flops as f64 / (end - start).max(1e-3) / 1e3),
+            "gb_per_s": round(cost.bytes as f64 / (end - start).max(1e-3) / 1e3),
         });
         events.push(op);
         for open in [step, layer].into_iter().flatten() {
@@ -133,70 +174,115 @@ fn shape(executor: &Executor, span: &Span) -> String {
     text
 }
 
-/// The ops of some spans by kind and shape, the longest first.
-pub fn summary(executor: &Executor, ceilings: Option<Ceilings>) -> Vec<OpTime> {
+/// The ops of those spans that are `wanted`, by kind and shape, the longest first; without ceilings, where nothing is
+/// timed, in the order of the graph. Ops of no rows did nothing and are left out.
+pub fn summary(
+    executor: &Executor,
+    ceilings: Option<Ceilings>,
+    wanted: impl Fn(&Span) -> bool,
+) -> Vec<OpTime> {
     let graph = executor.graph();
+    let weights = graph.weight_bytes();
     let mut ops: Vec<OpTime> = Vec::new();
-    for span in executor.spans() {
-        let (op, shape) = (graph.nodes[span.node].op.name(), shape(executor, span));
+    for span in executor.spans().iter().filter(|span| wanted(span)) {
         let cost: Cost = graph.cost(span.node..span.node + 1, &span.bindings, span.kv);
+        if cost == Cost::default() {
+            continue;
+        }
+        // All weights go through the caches before an op's own come again; what it is given was just made.
+        let set = WorkingSet { stored: weights, passing: cost.bytes - cost.stored };
+        let (op, shape) = (graph.nodes[span.node].op.name(), shape(executor, span));
         let at = ops.iter().position(|o| o.op == op && o.shape == shape).unwrap_or_else(|| {
-            let floor = ceilings.map(|_| 0.0);
-            ops.push(OpTime { op, shape, calls: 0, seconds: 0.0, flops: 0, bytes: 0, floor });
+            let (seconds, floor) = (ceilings.map(|_| 0.0), ceilings.map(|_| 0.0));
+            let bound_by = ceilings.map(|c| c.bound(cost, set));
+            ops.push(OpTime { op, shape, calls: 0, seconds, flops: 0, bytes: 0, floor, bound_by });
             ops.len() - 1
         });
         let entry = &mut ops[at];
         entry.calls += 1;
-        entry.seconds += span.took.as_secs_f64();
         entry.flops += cost.flops;
         entry.bytes += cost.bytes;
-        entry.floor = ceilings.map(|c| entry.floor.unwrap_or(0.0) + c.floor(cost));
+        entry.seconds = entry.seconds.map(|seconds| seconds + span.took.as_secs_f64());
+        entry.floor = entry.floor.zip(ceilings).map(|(floor, c)| floor + c.floor(cost, set));
     }
-    ops.sort_by(|a, b| b.seconds.total_cmp(&a.seconds));
+    ops.sort_by(|a, b| b.seconds.unwrap_or(0.0).total_cmp(&a.seconds.unwrap_or(0.0)));
     ops
 }
 
-/// The summary as a table: calls, time, share of the whole, rates, share of the ceiling.
+/// The summary as a table: calls, time, share of the whole, rates, share of the ceiling; only counts where
+/// nothing is timed.
 pub fn table(ops: &[OpTime]) -> String {
-    let all: f64 = ops.iter().map(|op| op.seconds).sum();
+    let Some(all) = ops.iter().map(|op| op.seconds).sum::<Option<f64>>().filter(|all| *all > 0.0) else {
+        return counts(ops);
+    };
     let mut text = String::from(
         "| op | shape | calls | ms | share | us/call | GFLOP/s | GB/s | of ceiling |\n\
          | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n",
     );
     for op in ops {
+        let seconds = op.seconds.unwrap_or(0.0).max(1e-9);
         text += &format!(
             "| {} | {} | {} | {:.3} | {:.1} % | {:.1} | {:.1} | {:.1} | {} |\n",
             op.op,
             op.shape,
             op.calls,
-            op.seconds * 1e3,
-            100.0 * op.seconds / all,
-            op.seconds * 1e6 / op.calls as f64,
-            op.flops as f64 / op.seconds / 1e9,
-            op.bytes as f64 / op.seconds / 1e9,
-            op.floor.map_or("-".into(), |floor| format!("{:.0} %", 100.0 * floor / op.seconds)),
+            seconds * 1e3,
+            100.0 * seconds / all,
+            seconds * 1e6 / op.calls as f64,
+            op.flops as f64 / seconds / 1e9,
+            op.bytes as f64 / seconds / 1e9,
+            op.percent().zip(op.bound_by).map_or("-".into(), |(p, by)| format!("{p:.0} % ({by})")),
         );
     }
     text
 }
 
+fn counts(ops: &[OpTime]) -> String {
+    let mut text = String::from("| op | shape | calls | MFLOP | MB |\n| --- | --- | ---: | ---: | ---: |\n");
+    for OpTime { op, shape, calls, flops, bytes, .. } in ops {
+        let (flops, bytes) = (*flops as f64 / 1e6, *bytes as f64 / 1e6);
+        text += &format!("| {op} | {shape} | {calls} | {flops:.3} | {bytes:.3} |\n");
+    }
+    text + "\nnothing is timed on this device: counts only\n"
+}
+
+/// The parts of ops that each thread ran, named by the op of `events` inside which they lie.
+pub fn threads(parts: &[Vec<(Instant, Instant)>], epoch: Instant, events: &[Event]) -> Vec<Event> {
+    let mut ops: Vec<&Event> = events.iter().filter(|event| event.track == Track::Ops).collect();
+    ops.sort_by(|a, b| a.start_us.total_cmp(&b.start_us));
+    let mut found = Vec::new();
+    for (thread, parts) in parts.iter().enumerate() {
+        for &(begin, end) in parts {
+            let (begin, end) = (us(epoch, begin), us(epoch, end));
+            let after = ops.partition_point(|op| op.start_us <= begin);
+            if let Some(op) = after.checked_sub(1).map(|at| ops[at]) {
+                let inside = begin < op.start_us + op.duration_us;
+                let name = if inside { op.name.clone() } else { "between ops".into() };
+                found.push(Event::new(name, Track::Thread(thread), begin, end));
+            }
+        }
+    }
+    found
+}
+
 /// The trace in the Trace Event Format's JSON object form: complete events (`ph: X`), one process, a named
 /// thread for each track.
 pub fn chrome(subject: &Subject, events: &[Event]) -> Value {
-    let tracks = [(Track::Stages, "stages"), (Track::Layers, "layers"), (Track::Ops, "ops")];
-    let id = |track: Track| tracks.iter().position(|(t, _)| *t == track).unwrap_or(0) + 1;
-    let mut list = vec![
-        json!({"ph": "M", "name": "process_name", "pid": 1, "tid": 0, "args": {"name": format!("tessera, {}", subject.backends)}}),
-    ];
-    for (track, name) in tracks {
-        list.push(
-            json!({"ph": "M", "name": "thread_name", "pid": 1, "tid": id(track), "args": {"name": name}}),
-        );
-        list.push(json!({"ph": "M", "name": "thread_sort_index", "pid": 1, "tid": id(track), "args": {"sort_index": id(track)}}));
+    let mut tracks: Vec<Track> = vec![Track::Stages, Track::Layers, Track::Ops];
+    for event in events {
+        if !tracks.contains(&event.track) {
+            tracks.push(event.track);
+        }
+    }
+    let about = |tid: usize, name: &str, args: Value| json!({"ph": "M", "name": name, "pid": 1, "tid": tid, "args": args});
+    let mut list = vec![about(0, "process_name", json!({"name": format!("tessera, {}", subject.device)}))];
+    for track in tracks {
+        list.push(about(track.id(), "thread_name", json!({"name": track.name()})));
+        list.push(about(track.id(), "thread_sort_index", json!({"sort_index": track.id()})));
     }
     list.extend(events.iter().map(|event| {
         json!({
-            "ph": "X", "cat": tracks[id(event.track) - 1].1, "name": event.name, "pid": 1, "tid": id(event.track),
+            "ph": "X", "cat": event.track.category(), "name": event.name, "pid": 1, "tid": event.track.id(),
             "ts": event.start_us, "dur": event.duration_us, "args": event.args,
         })
     }));

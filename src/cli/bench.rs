@@ -1,18 +1,24 @@
 //! `tessera bench`: every stage timed, and how far it is from the hardware.
 
+use super::bench_ops::Ops;
 use super::options::{ModelArgs, format_size};
+use super::startup::Startup;
 use crate::backend::Ceilings;
+use crate::bench::compare;
 use crate::bench::environment::{Watch, peak_resident};
+use crate::bench::format::{Format, write};
 use crate::bench::measure::measure;
 use crate::bench::plan::{Plan, Test, parse_list, parse_pair};
-use crate::bench::report::{Format, Row, Subject, write};
-use crate::bench::{compare, ops, startup, stats, trace};
+use crate::bench::report::Row;
+use crate::bench::subject::Subject;
 use crate::error::{Error, Result};
+use crate::graph::Control;
 use crate::op::PAGE;
 use crate::runtime::kv::page_bytes;
 use crate::runtime::{Engine, LoadOptions, Model, Session, SessionOptions, Source};
 use clap::{Args, Subcommand};
 use serde_json::json;
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -38,7 +44,7 @@ pub struct Bench {
     #[arg(short = 'd', long = "n-depth", value_name = "LIST", default_value = "0", value_parser = List::parse)]
     depth: List,
     /// Sequences that advance side by side
-    #[arg(short = 'b', long = "batch", visible_alias = "batch-size", value_name = "LIST", default_value = "1", value_parser = List::parse)]
+    #[arg(short = 'b', long = "batch", visible_alias = "batch-size", value_name = "LIST", default_value = "1", value_parser = List::sequences)]
     batch: List,
     /// Numbers of pictures; 0 leaves pictures out
     #[arg(long, value_name = "LIST", default_value = "1", value_parser = List::parse)]
@@ -55,8 +61,8 @@ pub struct Bench {
     /// Repetitions before them
     #[arg(long, value_name = "N", default_value_t = 1)]
     warmup: u16,
-    /// Numbers of threads [default: --threads]
-    #[arg(short = 't', value_name = "LIST", value_parser = List::parse)]
+    /// Numbers of threads; the model is loaded anew for each [default: --threads]
+    #[arg(short = 't', value_name = "LIST", value_parser = List::threads, conflicts_with = "threads")]
     thread_list: Option<List>,
     /// Most prompt positions processed at once
     #[arg(long, value_name = "N", default_value_t = SessionOptions::default().prefill_chunk)]
@@ -85,6 +91,18 @@ enum BenchCommand {
     Startup(Startup),
 }
 
+/// The arguments of the process, in which two options of `bench` may have one dash before their two letters, as
+/// llama-bench writes them.
+pub fn llama_bench_spelling(args: impl Iterator<Item = OsString>) -> Vec<OsString> {
+    let mut args: Vec<OsString> = args.collect();
+    if args.get(1).is_some_and(|command| command == "bench") {
+        for arg in args.iter_mut().filter(|arg| *arg == "-pg" || *arg == "-oe") {
+            *arg = format!("-{}", arg.to_string_lossy()).into();
+        }
+    }
+    args
+}
+
 /// A list of counts on the command line.
 #[derive(Clone, Debug)]
 struct List(Vec<usize>);
@@ -92,6 +110,25 @@ struct List(Vec<usize>);
 impl List {
     fn parse(text: &str) -> std::result::Result<List, String> {
         parse_list(text).map(List)
+    }
+
+    fn sequences(text: &str) -> std::result::Result<List, String> {
+        List::within(text, 1, 4096)
+    }
+
+    /// More threads than this only wait for one another.
+    fn threads(text: &str) -> std::result::Result<List, String> {
+        let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+        List::within(text, 1, 4 * cores)
+            .map_err(|error| format!("{error}; this process may use {cores} cores, and four threads on each"))
+    }
+
+    fn within(text: &str, least: usize, most: usize) -> std::result::Result<List, String> {
+        let list = parse_list(text)?;
+        match list.iter().find(|n| !(least..=most).contains(n)) {
+            Some(n) => Err(format!("{n} is not from {least} to {most}")),
+            None => Ok(List(list)),
+        }
     }
 }
 
@@ -106,6 +143,9 @@ impl Bench {
     }
 
     fn bench(self) -> Result<()> {
+        if let Some(bound) = self.max_spread.filter(|bound| bound.is_nan() || *bound < 0.0) {
+            return Err(Error::option("--max-spread", "a share of the mean such as 0.1", bound));
+        }
         let plan = Plan {
             prompts: self.prompt.0.clone(),
             generates: self.generate.0.clone(),
@@ -121,6 +161,9 @@ impl Bench {
             Some(list) => list.0.iter().map(|&n| Some(n)).collect(),
             None => vec![load.threads],
         };
+        // One for all engines: the signal has one handler.
+        let control = Control::default();
+        super::ask::stop_on_ctrl_c(&control)?;
         let mut rows = Vec::new();
         for threads in threads {
             rows.extend(self.on_threads(
@@ -128,6 +171,7 @@ impl Bench {
                 &source,
                 &LoadOptions { threads, ..load.clone() },
                 picture.as_deref(),
+                &control,
             )?);
         }
         super::print(&write(&rows, self.output))?;
@@ -146,11 +190,12 @@ impl Bench {
         source: &Source,
         load: &LoadOptions,
         picture: Option<&[u8]>,
+        control: &Control,
     ) -> Result<Vec<Row>> {
         let model = Arc::new(Model::load(source, load)?);
         let tests = fitting(plan, &model);
         let mut engine = engine(model, &tests, self.prefill_chunk)?;
-        super::ask::stop_on_ctrl_c(&engine.control)?;
+        engine.control = control.clone();
         let subject = Subject::new(engine.model(), load.load_mode, engine.session().prefill_chunk());
         let model = engine.model().clone();
         let mut rows = Vec::new();
@@ -159,7 +204,7 @@ impl Bench {
             if self.progress {
                 super::say(format_args!("{test}"));
             }
-            let (began, watch) = (now(), Watch::begin());
+            let (began, watch) = (now(), Watch::begin(subject.gpu_number()));
             let repetitions = match before {
                 Some(_) => (usize::from(self.warmup), usize::from(self.repetitions)),
                 // Where nothing is timed, once is enough to count.
@@ -184,7 +229,7 @@ fn fitting(plan: &Plan, model: &Model) -> Vec<Test> {
 }
 
 /// An engine with room for the largest of the tests.
-fn engine(model: Arc<Model>, tests: &[Test], prefill_chunk: usize) -> Result<Engine> {
+pub fn engine(model: Arc<Model>, tests: &[Test], prefill_chunk: usize) -> Result<Engine> {
     let config = model.config();
     let image_tokens =
         config.tiling.as_ref().map_or_else(|| config.square_rows(), |tiling| tiling.max_tokens());
@@ -227,91 +272,19 @@ fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
 }
 
-/// Options of `tessera bench ops`.
-#[derive(Debug, Args)]
-struct Ops {
-    #[command(flatten)]
-    model: ModelArgs,
-    /// Only ops whose name contains this, in any case
-    #[arg(long, value_name = "TEXT")]
-    filter: Option<String>,
-    /// One product instead of a model's ops: x [M, K] times W [N, K]; W is of --dtype [auto: f16]
-    #[arg(long, value_name = "M,N,K", value_parser = parse_shape)]
-    shape: Option<(usize, usize, usize)>,
-    /// Rows of the prompt whose ops are timed
-    #[arg(short = 'p', value_name = "N", default_value_t = 640)]
-    prompt: usize,
-    /// Positions cached before the decode steps that are timed
-    #[arg(short = 'd', value_name = "N", default_value_t = 640)]
-    depth: usize,
-    /// Repetitions that count
-    #[arg(short = 'r', value_name = "N", default_value_t = 5)]
-    repetitions: u16,
-    /// Print one JSON object
-    #[arg(long)]
-    json: bool,
-}
-
-impl Ops {
-    fn run(self) -> Result<()> {
-        let (source, load) = self.model.load_options()?;
-        let repetitions = (1, usize::from(self.repetitions));
-        let mut parts = Vec::new();
-        if let Some(shape) = self.shape {
-            let dtype = self.model.dtype.weights();
-            let backend = load.device.open(load.threads, || Ok(Some(dtype)))?;
-            let ceilings = backend.ceilings(&[])?;
-            let times = ops::time_linear(&backend, shape, dtype, repetitions, ceilings)?;
-            parts.push((format!("linear {}x{}x{}", shape.0, shape.1, shape.2), times, ceilings));
-        } else {
-            let model = Arc::new(Model::load(&source, &load)?);
-            let text = |prompt, generate, depth| Test::Text { prompt, generate, depth, batch: 1 };
-            let mut tests = vec![text(self.prompt, 0, 0), text(0, 16, self.depth)];
-            if model.vision().is_some() {
-                tests.insert(0, Test::Image { images: 1 });
-            }
-            let mut engine = engine(model, &tests, SessionOptions::default().prefill_chunk)?;
-            let model = engine.model().clone();
-            for test in tests {
-                let ceilings = model.ceilings()?;
-                parts.push((
-                    test.to_string(),
-                    ops::time_ops(&mut engine, test, repetitions, ceilings)?,
-                    ceilings,
-                ));
-            }
-        }
-        let wanted = self.filter.as_deref().unwrap_or_default().to_lowercase();
-        let mut text = String::new();
-        let mut objects = Vec::new();
-        for (test, mut times, ceilings) in parts {
-            times.retain(|op| op.op.to_lowercase().contains(&wanted));
-            objects.push(json!({"test": test, "ceilings": ceilings, "ops": times}));
-            text += &format!("{test}\n\n{}\n", trace::table(&times));
-        }
-        super::print(&if self.json { format!("{}\n", json!(objects)) } else { text })
-    }
-}
-
-fn parse_shape(text: &str) -> std::result::Result<(usize, usize, usize), String> {
-    let numbers: Vec<usize> =
-        text.split(',').filter_map(|n| n.parse().ok().filter(|n| (1..=1 << 20).contains(n))).collect();
-    match numbers[..] {
-        [m, n, k] if text.split(',').count() == 3 && n.saturating_mul(k) <= 1 << 31 => Ok((m, n, k)),
-        _ => Err(format!("expected M,N,K such as 640,4096,4096, found {text:?}")),
-    }
-}
-
 /// Options of `tessera bench compare`.
 #[derive(Debug, Args)]
 struct Compare {
-    /// The report to compare with (json or jsonl)
+    /// The report to compare with (json or jsonl): before
     a: PathBuf,
-    /// The report that is judged
+    /// The report that is judged: after
     b: PathBuf,
-    /// How much slower a test may be: 0.05 is 5 %
+    /// How much slower B may be: 0.05 is 5 %
     #[arg(long, value_name = "SHARE", default_value_t = 0.05)]
     bound: f64,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
 }
 
 impl Compare {
@@ -320,7 +293,7 @@ impl Compare {
             return Err(Error::option("--bound", "a share from 0 to below 1", self.bound));
         }
         let found = compare::compare(&self.a, &self.b, self.bound)?;
-        super::print(&found.table())?;
+        super::print(&if self.json { format!("{}\n", json!(found)) } else { found.table() })?;
         match found.regressed() {
             false => Ok(()),
             true => Err(Error::checkpoint(
@@ -328,70 +301,5 @@ impl Compare {
                 format!("is slower than {} by more than {:.0} %", self.a.display(), self.bound * 100.0),
             )),
         }
-    }
-}
-
-/// Options of `tessera bench startup`.
-#[derive(Debug, Args)]
-struct Startup {
-    #[command(flatten)]
-    model: ModelArgs,
-    /// Starts of each kind
-    #[arg(short = 'r', value_name = "N", default_value_t = 5)]
-    repetitions: u16,
-    /// Print one JSON object
-    #[arg(long)]
-    json: bool,
-}
-
-impl Startup {
-    fn run(self) -> Result<()> {
-        let (source, _) = self.model.load_options()?;
-        let program = std::env::current_exe().map_err(|error| Error::io("this program", error))?;
-        let mut text = String::from(
-            "| page cache | load mode | starts | ready ms p50 | first token ms p50 |\n| --- | --- | ---: | ---: | ---: |\n",
-        );
-        let mut objects = Vec::new();
-        for cold in [false, true] {
-            if let (true, Source::Directory(dir)) = (cold, &source) {
-                if !startup::forget(dir) {
-                    super::say(format_args!(
-                        "the page cache cannot be emptied of {}: no cold starts",
-                        dir.display()
-                    ));
-                    continue;
-                }
-            } else if cold {
-                continue;
-            }
-            for mode in ["mmap", "read"] {
-                let mut args =
-                    vec!["--model".to_string(), self.model.model.clone(), "--prompt".into(), "Hello".into()];
-                args.extend(["--load-mode".into(), mode.into()]);
-                args.extend(self.model.threads.iter().flat_map(|n| ["--threads".to_string(), n.to_string()]));
-                if !cold {
-                    startup::start(&program, &args)?;
-                }
-                let mut starts = Vec::new();
-                for _ in 0..self.repetitions.max(1) {
-                    if let (true, Source::Directory(dir)) = (cold, &source) {
-                        startup::forget(dir);
-                    }
-                    starts.push(startup::start(&program, &args)?);
-                }
-                let cache = if cold { "cold" } else { "warm" };
-                let p50 = |f: fn(&startup::Start) -> f64| {
-                    stats::percentile(&starts.iter().map(f).collect::<Vec<_>>(), 50.0)
-                };
-                text += &format!(
-                    "| {cache} | {mode} | {} | {:.1} | {:.1} |\n",
-                    starts.len(),
-                    p50(|s| s.ready_ms),
-                    p50(|s| s.first_token_ms)
-                );
-                objects.push(json!({"page_cache": cache, "load_mode": mode, "starts": starts}));
-            }
-        }
-        super::print(&if self.json { format!("{}\n", json!(objects)) } else { text })
     }
 }

@@ -3,6 +3,7 @@
 
 mod ask;
 mod bench;
+mod bench_ops;
 mod chat;
 mod clip;
 mod devices;
@@ -14,6 +15,7 @@ mod preprocess;
 mod profile;
 mod progress;
 mod run;
+mod startup;
 mod synth;
 
 use crate::error::{self, Error, Result};
@@ -61,7 +63,7 @@ enum Command {
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
     keep_caught_panics_quiet();
-    let result = match Cli::try_parse() {
+    let result = match Cli::try_parse_from(bench::llama_bench_spelling(std::env::args_os())) {
         Ok(cli) => cli.command.run(),
         Err(usage) if usage.use_stderr() => {
             // Where nobody can be told there is still the exit code.

@@ -30,9 +30,9 @@ pub struct ModelArgs {
     /// Threads of the CPU backend [default: one for each core]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
-    /// Map weight files, or read them (for files that may change meanwhile)
-    #[arg(long, value_enum, default_value_t = Load::Mmap)]
-    pub load_mode: Load,
+    /// Map weight files, or read them (for files that may change meanwhile) [default: mmap]
+    #[arg(long, value_enum)]
+    pub load_mode: Option<Load>,
     /// A conversation style (vicuna; llava_v0, llava_v1, vicuna_v1, llava_llama_2, llava_llama_3, mistral_instruct,
     /// chatml_direct, plain and others of the original's names) or a Jinja file, instead of the checkpoint's
     #[arg(long, value_name = "NAME|FILE")]
@@ -172,7 +172,7 @@ impl ModelArgs {
     pub fn load_options(&self) -> Result<(Source, LoadOptions)> {
         let source = Source::parse(&self.model)?;
         let options = LoadOptions {
-            load_mode: self.load_mode.into(),
+            load_mode: self.load_mode.unwrap_or(Load::Mmap).into(),
             base: self.base.clone(),
             lora: self.lora.clone(),
             device: DeviceOptions {

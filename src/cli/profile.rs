@@ -1,16 +1,18 @@
 //! `tessera profile`: one run, node by node.
 
 use super::options::{ModelArgs, SessionArgs};
-use crate::bench::report::Subject;
 use crate::bench::roofline;
+use crate::bench::stats::{self, Ratio};
+use crate::bench::subject::Subject;
 use crate::bench::trace::{self, Event, OpTime, Track};
 use crate::error::{Error, Result};
-use crate::graph::{Control, Executor, Span};
-use crate::runtime::{Engine, Request};
+use crate::graph::{Executor, Span};
+use crate::input::prompt::Message;
+use crate::runtime::{Engine, Input, Request};
 use clap::Args;
 use serde_json::json;
 use std::path::PathBuf;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Options of `tessera profile`.
 #[derive(Debug, Args)]
@@ -45,27 +47,29 @@ impl Profile {
         let mut engine = Engine::load(&source, &load, self.session.session_options())?;
         super::ask::stop_on_ctrl_c(&engine.control)?;
         let picture = self.image.as_deref().map(super::read).transpose()?;
-        // Once without a watch, so that nothing is done for the first time; once with one.
-        self.answer(&mut engine, picture.as_deref(), self.max_tokens.min(2))?;
+        let spans = self.spans(&engine, picture.as_deref())?;
+        // Once without a watch, so that nothing is done for the first time.
+        self.answer(&mut engine, picture.as_deref())?;
         let ceilings = engine.model().ceilings()?;
-        let nodes = |executor: Option<&Executor>| executor.map_or(0, |e| e.graph().nodes.len());
-        let session = engine.session();
-        let most = nodes(Some(session.language())).max(nodes(session.vision()));
-        let steps = session.context().div_ceil(session.prefill_chunk()) + self.max_tokens + 1;
-        engine.forget();
-        engine.session_mut().trace(most * steps);
-        let epoch = Instant::now();
-        let stages = self.answer(&mut engine, picture.as_deref(), self.max_tokens)?;
-        let total = epoch.elapsed();
+        if let (None, Some(_)) = (ceilings, &self.svg) {
+            return Err(Error::option(
+                "--svg",
+                "a device that is timed",
+                engine.model().backend().describe(),
+            ));
+        }
+        let (run, overhead) = self.by_turns(&mut engine, picture.as_deref(), spans, ceilings.is_some())?;
 
         let session = engine.session();
         let executors: Vec<&Executor> = session.vision().into_iter().chain([session.language()]).collect();
-        let mut events = stages.events(epoch);
+        let mut events = run.stages.events(run.epoch);
         for executor in &executors {
-            events.extend(trace::events(executor, epoch, |span| step_name(executor, span)));
+            events.extend(trace::events(executor, run.epoch, |span| step_name(executor, span)));
         }
-        let mut ops: Vec<OpTime> = executors.iter().flat_map(|e| trace::summary(e, ceilings)).collect();
-        ops.sort_by(|a, b| b.seconds.total_cmp(&a.seconds));
+        events.extend(trace::threads(&engine.model().backend().thread_parts(), run.epoch, &events));
+        let mut ops: Vec<OpTime> =
+            executors.iter().flat_map(|e| trace::summary(e, ceilings, |_| true)).collect();
+        ops.sort_by(|a, b| b.seconds.unwrap_or(0.0).total_cmp(&a.seconds.unwrap_or(0.0)));
 
         let subject = Subject::new(engine.model(), load.load_mode, session.prefill_chunk());
         if let Some(path) = &self.output {
@@ -73,15 +77,8 @@ impl Profile {
             serde_json::to_writer(std::io::BufWriter::new(file), &trace::chrome(&subject, &events))
                 .map_err(|error| Error::io(path, error.into()))?;
         }
-        if let Some(path) = &self.svg {
-            let Some(ceilings) = ceilings else {
-                return Err(Error::option(
-                    "--svg",
-                    "a device that is timed",
-                    engine.model().backend().describe(),
-                ));
-            };
-            let title = format!("{} on {}", subject.model_filename, subject.backends);
+        if let Some((path, ceilings)) = self.svg.as_ref().zip(ceilings) {
+            let title = format!("{} on {}", subject.model_filename, subject.device);
             std::fs::write(path, roofline::svg(&title, &ops, ceilings))
                 .map_err(|error| Error::io(path, error))?;
         }
@@ -89,18 +86,68 @@ impl Profile {
             super::print(&trace::table(&ops))?;
         }
         let spans: usize = executors.iter().map(|e| e.spans().len()).sum();
-        let each = cost_of_a_span();
-        super::say(format_args!(
-            "{spans} spans at {:.0} ns: {:.3} % of the run's {:.1} ms",
-            each * 1e9,
-            100.0 * each * spans as f64 / total.as_secs_f64(),
-            total.as_secs_f64() * 1e3
-        ));
+        match overhead {
+            Some(overhead) => super::say(format_args!("{spans} spans; {overhead}")),
+            None => super::say(format_args!("{spans} spans; nothing is timed on this device")),
+        }
         Ok(())
     }
 
-    /// Answers the question, and says when the stages before the graphs began and ended.
-    fn answer(&self, engine: &mut Engine, picture: Option<&[u8]>, max_tokens: usize) -> Result<Stages> {
+    /// Most spans of a graph in one run, which is refused here if it does not fit the context.
+    fn spans(&self, engine: &Engine, picture: Option<&[u8]>) -> Result<usize> {
+        let sizes = match picture {
+            Some(bytes) => {
+                let decoded = engine.decode("the picture", bytes)?;
+                vec![(decoded.picture.width, decoded.picture.height)]
+            }
+            None => Vec::new(),
+        };
+        let message = Message::prompt(&self.prompt, sizes.len())?;
+        let request = self.request(Request::new(Input::Chat(vec![message])));
+        engine.admit(&request, &sizes)?;
+        let session = engine.session();
+        let squares = session.vision().map_or(0, |vision| vision.graph().nodes.len()) * MOST_SQUARES;
+        let steps = session.context().div_ceil(session.prefill_chunk()) + self.max_tokens + 1;
+        Ok((session.language().graph().nodes.len() * steps).max(squares))
+    }
+
+    fn request(&self, request: Request) -> Request {
+        Request { max_tokens: Some(self.max_tokens), ignore_eos: true, ..request }
+    }
+
+    /// Runs without and with a watch by turns, for as long as it takes to compare them; the last run, and what
+    /// watching costs.
+    fn by_turns(
+        &self,
+        engine: &mut Engine,
+        picture: Option<&[u8]>,
+        spans: usize,
+        timed: bool,
+    ) -> Result<(Watched, Option<String>)> {
+        let (mut plain, mut watched) = (Vec::new(), Vec::new());
+        let begin = Instant::now();
+        loop {
+            if timed {
+                watch(engine, 0);
+                let start = Instant::now();
+                self.answer(engine, picture)?;
+                plain.push(start.elapsed().as_secs_f64());
+            }
+            watch(engine, spans);
+            let epoch = Instant::now();
+            let stages = self.answer(engine, picture)?;
+            watched.push(epoch.elapsed().as_secs_f64());
+            let enough = plain.len() >= 7 || begin.elapsed() > Duration::from_secs(3);
+            if enough || !timed {
+                let overhead = timed.then(|| overhead(&plain, &watched));
+                return Ok((Watched { epoch, stages }, overhead));
+            }
+        }
+    }
+
+    /// Answers the question from nothing, and says when the stages before the graphs began and ended.
+    fn answer(&self, engine: &mut Engine, picture: Option<&[u8]>) -> Result<Stages> {
+        engine.forget();
         let mut stages = Stages::default();
         let mut images = Vec::new();
         if let Some(bytes) = picture {
@@ -111,10 +158,19 @@ impl Profile {
             stages.0.push(("resize", decoded, decoded + image.timings.preprocess));
             images.push(image);
         }
-        let request = Request::ask(&self.prompt, &images)?;
-        engine.generate(&Request { max_tokens: Some(max_tokens), ignore_eos: true, ..request }, |_| {})?;
+        let request = self.request(Request::ask(&self.prompt, &images)?);
+        engine.generate(&request, |_| {})?;
         Ok(stages)
     }
+}
+
+/// Squares of one picture that go through the tower, one by one at worst: as many as any tiling makes.
+const MOST_SQUARES: usize = 64;
+
+/// A run that was watched.
+struct Watched {
+    epoch: Instant,
+    stages: Stages,
 }
 
 /// Stages that run outside the graphs.
@@ -145,17 +201,30 @@ fn step_name(executor: &Executor, span: &Span) -> String {
     }
 }
 
-/// Seconds that writing down a span takes, measured on many.
-fn cost_of_a_span() -> f64 {
-    const MANY: u32 = 100_000;
-    let control = Control::default();
-    let mut spans: Vec<(Instant, Instant)> = Vec::with_capacity(MANY as usize);
-    let begin = Instant::now();
-    for _ in 0..MANY {
-        let start = Instant::now();
-        std::hint::black_box(control.is_cancelled());
-        spans.push((start, Instant::now()));
-    }
-    std::hint::black_box(&spans);
-    begin.elapsed().as_secs_f64() / f64::from(MANY)
+/// Watches both graphs and all threads from now on, or stops.
+fn watch(engine: &mut Engine, spans: usize) {
+    engine.session_mut().trace(spans);
+    // An op is one run of the pool, or a few.
+    engine.model().backend().watch_threads(4 * spans);
+}
+
+/// What watching costs, by runs that took turns: the ratio of the fastest of each, and of each pair.
+fn overhead(plain: &[f64], watched: &[f64]) -> String {
+    let best = |times: &[f64]| times.iter().copied().fold(f64::INFINITY, f64::min);
+    let Ratio { ratio, low, high } = stats::ratio(plain, watched);
+    let percent = |ratio: f64| 100.0 * (ratio - 1.0);
+    let interval = match plain.len() {
+        0 | 1 => "one pair of runs: no interval".into(),
+        n => format!(
+            "mean {:+.1} %, 95 % interval {:+.1} to {:+.1} %, {n} pairs by turns",
+            percent(ratio),
+            percent(low),
+            percent(high)
+        ),
+    };
+    format!(
+        "watching costs {:+.2} % of {:.1} ms ({interval})",
+        percent(best(watched) / best(plain)),
+        1e3 * best(plain)
+    )
 }

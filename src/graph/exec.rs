@@ -61,6 +61,15 @@ enum Recorded {
     Ready(Box<dyn Recording>),
 }
 
+/// What a step is called in a profiler.
+fn stage(bindings: &Bindings) -> &'static str {
+    match bindings {
+        Bindings { images: 1.., .. } => "vision",
+        Bindings { decode: 1.., .. } => "decode",
+        _ => "prefill",
+    }
+}
+
 /// A planned graph over an arena.
 pub struct Executor {
     graph: Arc<Graph>,
@@ -80,6 +89,8 @@ pub struct Executor {
     indices: Vec<u8>,
     /// Which bytes of them the device does not have yet.
     unsent: Range<usize>,
+    /// How often recorded work has been replayed.
+    replayed: usize,
 }
 
 impl Executor {
@@ -128,6 +139,7 @@ impl Executor {
             unrecorded,
             indices,
             unsent,
+            replayed: 0,
         }
     }
 
@@ -141,9 +153,9 @@ impl Executor {
         &self.plan
     }
 
-    /// Whether any of its work has been recorded and is replayed.
-    pub fn replays(&self) -> bool {
-        self.recordings.iter().any(|(_, recorded)| matches!(recorded, Recorded::Ready(_)))
+    /// How often recorded work has been replayed so far.
+    pub fn replayed(&self) -> usize {
+        self.replayed
     }
 
     /// Why nothing is recorded, on a device that tried and failed.
@@ -315,6 +327,19 @@ impl Executor {
         if control.is_cancelled() {
             return Err(Error::Cancelled);
         }
+        let backend = self.backend.clone();
+        backend.begin_range(stage(bindings));
+        // SAFETY: passed on from the caller.
+        let done = unsafe { self.run_any(nodes, bindings, control) };
+        backend.end_range();
+        done
+    }
+
+    /// Runs nodes the way that is wanted: timed, replayed or one by one.
+    ///
+    /// # Safety
+    /// As for [`run`](Executor::run).
+    unsafe fn run_any(&mut self, nodes: Range<usize>, bindings: &Bindings, control: &Control) -> Result<()> {
         if self.spans.len() < self.spans.capacity() {
             // SAFETY: passed on from the caller.
             return unsafe { self.run_timed(nodes, bindings, control) };
@@ -336,8 +361,11 @@ impl Executor {
             if control.is_cancelled() {
                 return Err(Error::Cancelled);
             }
+            self.backend.begin_range(&self.graph.nodes[node].name);
             // SAFETY: passed on from the caller.
-            unsafe { self.run_node(node, bindings)? };
+            let done = unsafe { self.run_node(node, bindings) };
+            self.backend.end_range();
+            done?;
             control.advance(1);
         }
         Ok(())
@@ -405,6 +433,7 @@ impl Executor {
             // fixed in `new`), and row counts are the same (`key`); the rest is passed on from the caller.
             unsafe { recording.replay()? };
             control.advance(nodes.len());
+            self.replayed += 1;
         }
         Ok(())
     }

@@ -16,7 +16,8 @@ use crate::backend::cpu::usable_memory;
 use crate::error::{Error, Result};
 use crate::graph::{Control, Executor};
 use crate::model::llama::Llama;
-use crate::op::{Cost, KvExtent, PAGE};
+use crate::op::{KvExtent, PAGE};
+use crate::tensor::Bindings;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -286,10 +287,10 @@ impl Session {
         self.kv.fill(value)
     }
 
-    /// What the last step did, by count.
-    pub fn step_cost(&self) -> Cost {
-        let graph = self.language.graph();
-        graph.cost(0..graph.nodes.len(), &self.staging.bindings, self.language.kv_extent())
+    /// The row counts of the last step, and what it touched of the KV cache: its work is
+    /// [`Graph::cost`](crate::graph::Graph::cost) of these.
+    pub fn last_step(&self) -> (Bindings, KvExtent) {
+        (self.staging.bindings, self.language.kv_extent())
     }
 
     /// Why steps and pictures are not recorded and replayed, on a device that tried and failed.

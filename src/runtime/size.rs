@@ -158,7 +158,8 @@ fn limits(config: &TextConfig, options: &SessionOptions, dtype: DType) -> Result
         return Err(Error::option("--kv-memory", expected, options.kv_memory.unwrap_or(0)));
     }
     let pages = pages.min(MAX_PAGES);
-    let tokens = options.prefill_chunk.min(context).max(options.max_sequences);
+    // One sequence has no more rows than the context, but several are packed into a step.
+    let tokens = options.prefill_chunk.min(context * options.max_sequences).max(options.max_sequences);
     Ok(Bindings {
         tokens,
         decode: 0,

@@ -24,7 +24,7 @@ pub use table::{all, attention, edges, gated, linear, paged_attention, patch_emb
 use std::sync::Arc;
 use tessera::backend::{Backend, Buffer};
 use tessera::graph::{Control, Executor, Graph, GraphBuilder, Plan, Source, ValueId};
-use tessera::op::{Op, PAGE, SAMPLE_PARAMS, SampleParams, Select};
+use tessera::op::{Cost, KvExtent, Op, PAGE, SAMPLE_PARAMS, SampleParams, Select};
 use tessera::tensor::{Bindings, DType, Rows, Storage, TensorType, Weight, WeightBytes};
 
 /// An op on given shapes.
@@ -331,6 +331,13 @@ pub struct Prepared {
 }
 
 impl Prepared {
+    /// What one run does.
+    #[allow(dead_code, reason = "each program uses a part")]
+    pub fn cost(&self) -> Cost {
+        let kv = KvExtent::of(self.case.past, self.case.bindings.tokens);
+        self.executor.graph().cost(0..1, &self.case.bindings, kv)
+    }
+
     /// Runs it once.
     pub fn run(&mut self) {
         // SAFETY: `fill_indices` named rows that exist; the states live in `states`, which is ours.

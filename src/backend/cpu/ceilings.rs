@@ -4,8 +4,27 @@
 use super::lanes::{LANES, Lanes};
 use super::machine::{Machine, Task};
 use super::pool::Worker;
+use crate::backend::{CACHED, Ceilings};
 use std::hint::black_box;
 use std::time::Instant;
+
+/// All ceilings; `memory` is larger than any cache, and at least the largest of [`CACHED`].
+pub fn measure(machine: &Machine, memory: &[u8]) -> Ceilings {
+    Ceilings {
+        flops_per_s: fma_rate(machine),
+        bytes_per_s: read_rate(machine, memory),
+        cached_per_s: CACHED.map(|bytes| read_again(machine, &memory[..bytes as usize])),
+    }
+}
+
+/// Bytes per second at which `bytes` are read over and over, so many times that starting is nothing beside it.
+fn read_again(machine: &Machine, bytes: &[u8]) -> f64 {
+    let times = (PASSES / bytes.len()).max(1);
+    (times * bytes.len()) as f64 / best(2, || machine.run(&ReadLoop { bytes, times }))
+}
+
+/// Bytes that are read of a small working set.
+const PASSES: usize = 16 << 20;
 
 /// Floating-point operations per second of register-resident multiply-adds.
 pub fn fma_rate(machine: &Machine) -> f64 {
@@ -16,7 +35,7 @@ pub fn fma_rate(machine: &Machine) -> f64 {
 
 /// Bytes per second at which `bytes`, larger than any cache, are read.
 pub fn read_rate(machine: &Machine, bytes: &[u8]) -> f64 {
-    bytes.len() as f64 / best(5, || machine.run(&ReadLoop(bytes)))
+    bytes.len() as f64 / best(5, || machine.run(&ReadLoop { bytes, times: 1 }))
 }
 
 /// Seconds of the fastest of `runs` runs after one to warm up: a ceiling is what was reached once.
@@ -75,18 +94,23 @@ fn chains<L: Lanes, const N: usize>(lanes: L, steps: usize) {
     }
 }
 
-/// Reads bytes and sums them, each thread its share, as fast as they come.
-struct ReadLoop<'a>(&'a [u8]);
+/// Reads bytes so many times and sums them, each thread its share, as fast as they come.
+struct ReadLoop<'a> {
+    bytes: &'a [u8],
+    times: usize,
+}
 
 impl Task for ReadLoop<'_> {
     #[inline(always)]
     fn run<L: Lanes>(&self, lanes: L, worker: Worker<'_>) {
         let mut sums = [lanes.splat(0.0); 8];
-        for block in worker.share(self.0.len() / 512) {
-            for (i, sum) in sums.iter_mut().enumerate() {
-                let line = self.0[block * 512 + i * 64..][..64].as_ptr().cast();
-                // SAFETY: the slice has the 64 bytes of a vector.
-                *sum = lanes.add(*sum, unsafe { lanes.load(line) });
+        for _ in 0..self.times {
+            for block in worker.share(self.bytes.len() / 512) {
+                for (i, sum) in sums.iter_mut().enumerate() {
+                    let line = self.bytes[block * 512 + i * 64..][..64].as_ptr().cast();
+                    // SAFETY: the slice has the 64 bytes of a vector.
+                    *sum = lanes.add(*sum, unsafe { lanes.load(line) });
+                }
             }
         }
         for sum in sums {

@@ -102,13 +102,11 @@ impl Backend for CpuBackend {
     }
 
     fn ceilings(&self, weights: &[u8]) -> Result<Option<Ceilings>> {
-        let flops_per_s = ceilings::fma_rate(&self.machine);
         if weights.len() >= CEILING_BYTES {
-            let weights = &weights[..weights.len().min(4 * CEILING_BYTES)];
-            return Ok(Some(Ceilings {
-                flops_per_s,
-                bytes_per_s: ceilings::read_rate(&self.machine, weights),
-            }));
+            return Ok(Some(ceilings::measure(
+                &self.machine,
+                &weights[..weights.len().min(4 * CEILING_BYTES)],
+            )));
         }
         // Larger than any cache, in small pages as mapped weights are; written, or all of it would be
         // one page of zeros.
@@ -119,7 +117,15 @@ impl Backend for CpuBackend {
             remedy: format!("; the system says: {error}"),
         })?;
         memory.fill(1);
-        Ok(Some(Ceilings { flops_per_s, bytes_per_s: ceilings::read_rate(&self.machine, &memory) }))
+        Ok(Some(ceilings::measure(&self.machine, &memory)))
+    }
+
+    fn watch_threads(&self, capacity: usize) {
+        self.machine.pool().watch(capacity);
+    }
+
+    fn thread_parts(&self) -> Vec<Vec<pool::Part>> {
+        self.machine.pool().parts()
     }
 
     fn alloc(&self, what: &str, bytes: usize) -> Result<Buffer> {

@@ -11,6 +11,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::*};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 /// Rounds of waiting before a thread sleeps: longer than the time between the ops of a decode step.
 const SPINS: usize = 1280;
@@ -55,7 +56,14 @@ struct Shared {
     begun: Condvar,
     ended: Condvar,
     count: usize,
+    /// Whether workers write down when they begin and end their parts.
+    watched: AtomicBool,
+    /// What they wrote, each its own list, as long as there is room.
+    parts: Vec<Mutex<Vec<Part>>>,
 }
+
+/// When a thread began its part of a run, and when it ended.
+pub type Part = (Instant, Instant);
 
 // SAFETY: `job` is the one field that is not Sync. It is written only by the caller of `run`, who
 // holds `running` and knows that no worker is inside a run; workers read it after they have seen the
@@ -83,6 +91,8 @@ impl Pool {
             begun: Condvar::new(),
             ended: Condvar::new(),
             count,
+            watched: AtomicBool::new(false),
+            parts: (0..count).map(|_| Mutex::default()).collect(),
         });
         let mut pool = Pool { shared, running: Mutex::new(()), handles: Vec::new() };
         for index in 1..count {
@@ -96,6 +106,20 @@ impl Pool {
     /// How many threads take part in a run.
     pub fn threads(&self) -> usize {
         self.shared.count
+    }
+
+    /// From now on each thread writes down its parts of runs, the first `capacity` of them; 0 stops it. It costs two
+    /// readings of the clock a run.
+    pub fn watch(&self, capacity: usize) {
+        for parts in &self.shared.parts {
+            *lock(parts) = Vec::with_capacity(capacity);
+        }
+        self.shared.watched.store(capacity > 0, Relaxed);
+    }
+
+    /// What each thread has written since [`watch`](Pool::watch).
+    pub fn parts(&self) -> Vec<Vec<Part>> {
+        self.shared.parts.iter().map(|parts| lock(parts).clone()).collect()
     }
 
     /// Calls `job` once on every thread, on this one as worker 0, and returns when all have returned.
@@ -192,10 +216,17 @@ impl Shared {
 
     fn call(&self, job: Job<'_>, index: usize) {
         let worker = Worker { index, count: self.count, shared: self };
+        let begin = self.watched.load(Relaxed).then(Instant::now);
         if let Err(payload) = catch_unwind(AssertUnwindSafe(|| job(worker))) {
             let mut first = lock(&self.payload);
             if !self.panicked.swap(true, Relaxed) {
                 *first = Some(payload);
+            }
+        }
+        if let Some(begin) = begin {
+            let mut parts = lock(&self.parts[index]);
+            if parts.len() < parts.capacity() {
+                parts.push((begin, Instant::now()));
             }
         }
     }
@@ -297,6 +328,22 @@ mod tests {
                 assert_eq!(calls.into_inner(), threads);
             }
         }
+    }
+
+    #[test]
+    fn watched_threads_write_down_their_parts() {
+        let pool = Pool::new(3).unwrap();
+        pool.run(|_| ());
+        pool.watch(2);
+        (0..5).for_each(|_| pool.run(|worker| worker.barrier()));
+        let parts = pool.parts();
+        assert_eq!(parts.iter().map(Vec::len).collect::<Vec<_>>(), [2, 2, 2], "as many as there is room for");
+        // Nobody passes the barrier of a run before all have begun it.
+        let begun = parts.iter().map(|parts| parts[0].0).max();
+        assert!(parts.iter().all(|parts| Some(parts[0].1) >= begun && parts[0].1 <= parts[1].0));
+        pool.watch(0);
+        pool.run(|_| ());
+        assert!(pool.parts().iter().all(Vec::is_empty));
     }
 
     #[test]

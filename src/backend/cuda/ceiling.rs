@@ -71,6 +71,7 @@ pub fn measure(device: &Device) -> Result<Ceilings> {
         flops_per_s: f64::from(blocks) * 8.0 * f64::from(STEPS) * STEP_FLOPS / products.as_secs_f64(),
         // A copy reads every byte once and writes it once.
         bytes_per_s: bytes as f64 / read.as_secs_f64().min(copied.as_secs_f64() / 2.0),
+        ..Ceilings::default()
     })
 }
 

@@ -1,7 +1,7 @@
 //! What a CUDA device must be able to do. Two drivers stand under [`Device`](super::device::Device): a GPU, and
 //! the emulated device that runs the same kernels on any machine.
 
-use crate::backend::Recording;
+use crate::backend::{Counts, Recording};
 use crate::error::Result;
 use std::time::Duration;
 
@@ -97,6 +97,11 @@ pub trait Driver: Send + Sync {
     /// # Safety
     /// As for [`upload`](Driver::upload).
     unsafe fn fill(&self, to: usize, byte: u8, bytes: usize) -> Result<()>;
+
+    /// What has been done so far, where that is counted.
+    fn counts(&self) -> Option<Counts> {
+        None
+    }
 
     /// Whether reads of memory that holds nothing are found, so that it pays to [`forget`](Driver::forget).
     fn checks_reads(&self) -> bool;

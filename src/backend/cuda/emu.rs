@@ -2,7 +2,7 @@
 //! `kernels/emu/api.h` is the C interface that this file speaks, and tells what is checked.
 
 use super::driver::{Driver, Kernel, Limits, Shape};
-use crate::backend::Recording;
+use crate::backend::{Counts, Recording};
 use crate::error::{Error, Result};
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -75,17 +75,6 @@ struct Launched {
 #[repr(C, align(64))]
 struct ArgsLine([u8; 64]);
 
-/// Work done since an emulated device was made.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Stats {
-    /// Kernels launched.
-    pub launches: u64,
-    /// Barriers that a block, or a warp, went through.
-    pub barriers: u64,
-    /// Accesses to memory that were checked.
-    pub accesses: u64,
-}
-
 impl Emulator {
     /// What an A100 lets a block have, and as few multiprocessors as make kernels that depend on their
     /// number do something.
@@ -118,17 +107,6 @@ impl Emulator {
         let state = self.lock();
         // SAFETY: as above; a number that is no site switches nothing off.
         unsafe { emu_switch_off(state.raw, site.map_or(-1, |site| site as c_int)) };
-    }
-
-    /// What was done so far.
-    pub fn stats(&self) -> Stats {
-        let state = self.lock();
-        let mut stats = Stats::default();
-        // SAFETY: as above; the three addresses are of numbers of ours.
-        unsafe {
-            emu_stats(state.raw, &mut stats.launches, &mut stats.barriers, &mut stats.accesses);
-        }
-        stats
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -245,6 +223,16 @@ impl Driver for Emulator {
         let state = self.lock();
         // SAFETY: as for `upload`.
         state.check(unsafe { emu_fill(state.raw, to as _, byte.into(), bytes) })
+    }
+
+    fn counts(&self) -> Option<Counts> {
+        let state = self.lock();
+        let mut counts = Counts::default();
+        // SAFETY: the device is open as long as the state lives; the three addresses are of numbers of ours.
+        unsafe {
+            emu_stats(state.raw, &mut counts.launches, &mut counts.barriers, &mut counts.accesses);
+        }
+        Some(counts)
     }
 
     fn checks_reads(&self) -> bool {

@@ -24,6 +24,7 @@ mod library;
 mod linear;
 mod matvec;
 mod norm;
+mod nvtx;
 mod pairs;
 mod patch;
 pub mod resources;
@@ -33,7 +34,7 @@ mod staging;
 pub mod tile;
 mod weights;
 
-use super::{Backend, Buffer, Call, Ceilings, Prepared, Recording, finite_on_host};
+use super::{Backend, Buffer, Call, Ceilings, Counts, Prepared, Recording, finite_on_host};
 #[cfg(doc)]
 use crate::error::Error;
 use crate::error::Result;
@@ -171,6 +172,18 @@ impl Backend for CudaBackend {
 
     fn time(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Duration> {
         Ok(self.device.driver().time(work)?.unwrap_or_default())
+    }
+
+    fn counts(&self) -> Option<Counts> {
+        self.device.driver().counts()
+    }
+
+    fn begin_range(&self, name: &str) {
+        nvtx::begin(name);
+    }
+
+    fn end_range(&self) {
+        nvtx::end();
     }
 
     fn available(&self) -> Result<Option<u64>> {

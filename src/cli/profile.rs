@@ -12,7 +12,7 @@ use crate::runtime::{Engine, Input, Request};
 use clap::Args;
 use serde_json::json;
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 /// Options of `tessera profile`.
 #[derive(Debug, Args)]
@@ -137,7 +137,9 @@ impl Profile {
             let epoch = Instant::now();
             let stages = self.answer(engine, picture)?;
             watched.push(epoch.elapsed().as_secs_f64());
-            let enough = plain.len() >= 7 || begin.elapsed() > Duration::from_secs(3);
+            // Three pairs at least, unless that takes a minute; seven at most, if they are over soon.
+            let (pairs, seconds) = (plain.len(), begin.elapsed().as_secs());
+            let enough = pairs >= 7 || pairs >= 3 && seconds >= 3 || seconds >= 60;
             if enough || !timed {
                 let overhead = timed.then(|| overhead(&plain, &watched));
                 return Ok((Watched { epoch, stages }, overhead));
@@ -214,7 +216,7 @@ fn overhead(plain: &[f64], watched: &[f64]) -> String {
     let Ratio { ratio, low, high } = stats::ratio(plain, watched);
     let percent = |ratio: f64| 100.0 * (ratio - 1.0);
     let interval = match plain.len() {
-        0 | 1 => "one pair of runs: no interval".into(),
+        0..=2 => "fewer than three pairs of runs: no interval".into(),
         n => format!(
             "mean {:+.1} %, 95 % interval {:+.1} to {:+.1} %, {n} pairs by turns",
             percent(ratio),

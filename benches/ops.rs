@@ -2,6 +2,7 @@
 //! stay the same from run to run, so what fits a cache is read from it; `bench --bench linear` and `tessera bench ops`
 //! go through weights that none holds.
 
+#[allow(dead_code, reason = "a benchmark looks at no results")]
 #[path = "../tests/cases/mod.rs"]
 mod cases;
 

@@ -166,7 +166,7 @@ fn slope(out: &mut String, axes: &Axes, roof: f64, bytes_per_s: f64, style: &str
 
 /// The points, numbers beside those that took longest, and what both mean.
 fn draw(out: &mut String, points: &[Point<'_>], axes: &Axes, unit: &Unit) {
-    let mut kinds: Vec<&str> = Vec::new();
+    let (mut kinds, mut labels): (Vec<&str>, Vec<(f64, f64)>) = (Vec::new(), Vec::new());
     let total: f64 = points.iter().map(|point| point.seconds).sum();
     for (i, point) in points.iter().enumerate() {
         let Point { op, seconds, intensity, rate } = *point;
@@ -188,11 +188,11 @@ fn draw(out: &mut String, points: &[Point<'_>], axes: &Axes, unit: &Unit) {
             ["circle", "rect", "polygon"][(kind / COLOURS.len()).min(2)],
         );
         if i < LABELS {
+            let (x, y) = free(&labels, (x + radius + 3.0, y + 4.0));
+            labels.push((x, y));
             let _ = writeln!(
                 out,
-                r##"<text x="{:.1}" y="{:.1}" font-weight="bold" fill="#222222">{}</text>"##,
-                x + radius + 3.0,
-                y + 4.0,
+                r##"<text x="{x:.1}" y="{y:.1}" font-weight="bold" fill="#222222">{}</text>"##,
                 i + 1
             );
         }
@@ -233,6 +233,15 @@ fn grid(out: &mut String, axes: &Axes, unit: &Unit) {
         (top + bottom) / 2.0,
         unit.name
     );
+}
+
+/// The place to the right of `at` where a number covers none of those written before.
+fn free(labels: &[(f64, f64)], (mut x, y): (f64, f64)) -> (f64, f64) {
+    const NUMBER: (f64, f64) = (11.0, 13.0);
+    while labels.iter().any(|label| (label.0 - x).abs() < NUMBER.0 && (label.1 - y).abs() < NUMBER.1) {
+        x += NUMBER.0;
+    }
+    (x, y)
 }
 
 /// The marks of the kinds, and the names of the numbered points.
@@ -292,6 +301,21 @@ mod tests {
                 && !drawing.contains("cache")
         );
         assert_eq!(drawing.matches("<svg").count(), drawing.matches("</svg>").count());
+    }
+
+    #[test]
+    fn numbers_do_not_cover_one_another() {
+        let mut labels: Vec<(f64, f64)> = Vec::new();
+        for at in [(50.0, 50.0), (52.0, 49.0), (50.0, 55.0), (50.0, 80.0)] {
+            labels.push(free(&labels, at));
+        }
+        assert_eq!(labels[3], (50.0, 80.0), "what has room stays");
+        for (i, a) in labels.iter().enumerate() {
+            assert!(
+                labels[..i].iter().all(|b| (a.0 - b.0).abs() >= 11.0 || (a.1 - b.1).abs() >= 13.0),
+                "{labels:?}"
+            );
+        }
     }
 
     #[test]

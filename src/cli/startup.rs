@@ -84,6 +84,7 @@ fn line(cache: &str, mode: &str, starts: &[Start]) -> String {
 fn child_args(model: &ModelArgs, load_mode: Load) -> Vec<String> {
     let ModelArgs {
         model: name,
+        base,
         lora,
         device,
         threads,
@@ -101,6 +102,7 @@ fn child_args(model: &ModelArgs, load_mode: Load) -> Vec<String> {
     give("--dtype", spelt(dtype));
     give("--image-mode", spelt(image_mode));
     give("--reference", spelt(reference));
+    base.iter().for_each(|dir| give("--base", dir.display().to_string()));
     lora.iter().for_each(|lora| give("--lora", format!("{}:{}", lora.dir.display(), lora.scale)));
     threads.iter().for_each(|threads| give("--threads", threads.to_string()));
     template.iter().for_each(|template| give("--template", template.clone()));
@@ -129,7 +131,7 @@ mod tests {
 
     #[test]
     fn every_option_reaches_the_child() {
-        let given = "x --model preset:llava-tiny --threads 3 --device cuda:1 --dtype bf16 --template chatml_direct --lora a:0.5 \
+        let given = "x --model preset:llava-tiny --threads 3 --device cuda:1 --dtype bf16 --template chatml_direct --lora a:0.5 --base b \
                      --image-mode pad --reference original --vision-tower t --check-launches";
         let line = Line::parse_from(given.split_whitespace());
         let args = child_args(&line.startup.model, Load::Read).join(" ");

@@ -51,7 +51,7 @@ enum Command {
     /// Ask all questions of a file and count the right answers
     Eval(eval::Eval),
     /// Time every stage, against what the hardware can do
-    Bench(bench::Bench),
+    Bench(Box<bench::Bench>),
     /// Show where one run's time goes: a trace, a summary, a roofline
     Profile(profile::Profile),
     /// Write a checkpoint of real dimensions and random weights

@@ -60,7 +60,7 @@ fn every_type_of_question_is_answered_on_every_device() {
             let (image, question) = (line["image"].as_str().unwrap(), line["question"].as_str().unwrap());
             let bytes = std::fs::read(folder.join(image)).unwrap();
             let handle = images.entry(image).or_insert_with(|| engine.image(image, &bytes).unwrap());
-            let request = Request::ask(question, &[handle.clone()]).unwrap();
+            let request = Request::ask(question, std::slice::from_ref(handle)).unwrap();
             let answer = engine.generate(&request, |_| {}).unwrap();
             assert_eq!(answer.text, line["answer"].as_str().unwrap(), "{image}: {question}");
         }

@@ -190,6 +190,14 @@ impl Error {
         self
     }
 
+    /// The same [`Error::Option`] about the option called `name`.
+    pub fn about_option(mut self, option: &str) -> Self {
+        if let Error::Option { name, .. } = &mut self {
+            *name = option.into();
+        }
+        self
+    }
+
     /// An [`Error::Image`] for the image called `name`.
     pub fn image(name: impl Into<String>, problem: impl Into<String>) -> Self {
         Error::Image { name: name.into(), problem: problem.into() }

@@ -220,6 +220,7 @@ fn errors_are_for_people() {
     let text = asset("samples/answers.json");
     let samples = asset("samples");
     let missing = "no-such-file.png";
+    let questions = asset("eval/questions.jsonl");
     let table: &[(&[&str], i32, &[&str])] = &[
         (&["run"], 2, &["--prompt"]),
         (&["run", "--prompt", "x", "--temperature", "-1"], 2, &["--temperature"]),
@@ -243,6 +244,11 @@ fn errors_are_for_people() {
         (&["run", "--prompt", "x", "--template", "no-such-template"], 2, &["--template", "vicuna"]),
         (&["preprocess", "--image", &text], 1, &["answers.json"]),
         (&["eval", "--questions", missing], 1, &[missing]),
+        (&["eval", "--limit", "0", "--questions", &questions], 1, &["questions.jsonl", "no question"]),
+        (&["eval", "--questions", &text], 1, &["answers.json", "line 1, column "]),
+        (&["synth", "--preset", "nonsense", "--out", missing], 2, &["option --preset", "llava-1.5-7b"]),
+        (&["run", "--prompt", "x", "--logprobs", "3"], 2, &["--json"]),
+        (&["run", "--prompt", "x", "--image", "/dev/zero"], 1, &["/dev/zero", "longer than"]),
         (&["inspect", "--graph", "vision", "--model", "preset:llama-tiny"], 2, &["text model"]),
         (
             &["run", "--prompt", "x", "--kv-memory", "900T", "--context", "1024"],

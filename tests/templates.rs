@@ -72,7 +72,11 @@ fn programs() {
         ("{% filter upper %}a{{ 'b' }}{% endfilter %}", "AB"),
         ("{{ 2 * 3 }} {{ 2 * 1.5 }} {{ 'ab' * 2 }} {{ 2 * 'ab' }} {{ [1] * 2 }}", "6 3.0 abab abab [1, 1]"),
         ("{{ 'abc'[::-1] }}{{ [1, 2, 3][1:] }}{{ (1, 2) + (3,) }}", "cba[2, 3][1, 2, 3]"),
-        ("{{ 'a' ~ 1 ~ none ~ missing }}", "a1None"),
+        ("{{ 'a' ~ 1 ~ none ~ missing }}{{ 1 + 2 ** 2 * 3 }}", "a1None13"),
+        (
+            "{% macro m(a, b) %}{{ a * b }}{% endmacro %}{{ m(*[2, 'x*+~']) }}{{ -2|abs * 3 }} * + ~",
+            "x*+~x*+~6 * + ~",
+        ),
         ("{{ '' or 'x' and 'y' }}{{ 'p' if missing else 'q' }}", "yq"),
         (
             "{% set ns = namespace(x=1) %}{% for i in [1, 2] %}{% set ns.x = ns.x * 3 %}{% endfor %}{{ ns.x }}",
@@ -129,6 +133,14 @@ fn templates_that_would_fill_the_memory() {
         ("{{ namespace(a=1) | items | list }}".into(), "a namespace"),
         ("{{ 'a' * 999999999 }}".into(), "more than 32 MiB"),
         ("{{ 999999999 * 'a' }}".into(), "more than 32 MiB"),
+        ("{{ ([0] * 999999999) | length }}".into(), "more than 32 MiB"),
+        (
+            format!(
+                "{{% if false %}}{{{{ {}1 }}}}{{% endif %}}{{{{ 'a' * 99999999 }}}}",
+                "'a' * 99999999 ~ ".repeat(999)
+            ),
+            "more than 32 MiB",
+        ),
         ("{{ 'a' | indent(999999999, true) }}".into(), "more than 32 MiB"),
         ("{{ 'a' | indent(width=999999999, first=true) }}".into(), "more than 32 MiB"),
         ("{{ [1] | batch(999999999, 0) }}".into(), "more than 32 MiB"),

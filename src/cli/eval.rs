@@ -76,6 +76,12 @@ impl Eval {
     pub fn run(self) -> Result<()> {
         let mut questions: Vec<Question> = lines(&self.questions)?;
         questions.truncate(self.limit.unwrap_or(usize::MAX));
+        if questions.is_empty() {
+            return Err(Error::checkpoint(
+                &self.questions,
+                "no question is left to ask; a line is one question",
+            ));
+        }
         let given: Option<Vec<Given>> = self.against.as_deref().map(lines).transpose()?;
         let (source, load) = self.model.load_options()?;
         let mut engine = Engine::load(&source, &load, self.session.session_options())?;
@@ -172,8 +178,12 @@ fn lines<T: for<'a> Deserialize<'a>>(path: &Path) -> Result<Vec<T>> {
         .enumerate()
         .filter(|(_, line)| !line.trim_ascii().is_empty())
         .map(|(i, line)| {
-            serde_json::from_slice(line)
-                .map_err(|error| Error::checkpoint(path, format!("line {}: {error}", i + 1)))
+            serde_json::from_slice(line).map_err(|error| {
+                // Its own line number is that of the line by itself.
+                let (column, error) = (error.column(), error.to_string());
+                let what = error.split(" at line ").next().unwrap_or_default();
+                Error::checkpoint(path, format!("line {}, column {column}: {what}", i + 1))
+            })
         })
         .collect()
 }

@@ -43,8 +43,8 @@ pub struct Run {
     /// Go on after an end-of-text token
     #[arg(long)]
     ignore_eos: bool,
-    /// Report each token's log-probability and the N likeliest alternatives
-    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    /// Report each token's log-probability and the N likeliest alternatives, in the JSON object
+    #[arg(long, value_name = "N", allow_negative_numbers = true, requires = "json")]
     logprobs: Option<usize>,
     #[command(flatten)]
     session: SessionArgs,

@@ -30,7 +30,8 @@ pub struct Synth {
 
 impl Synth {
     pub fn run(self) -> Result<()> {
-        let preset = Preset::find(self.preset.strip_prefix("preset:").unwrap_or(&self.preset))?;
+        let preset = Preset::find(self.preset.strip_prefix("preset:").unwrap_or(&self.preset))
+            .map_err(|error| error.about_option("--preset"))?;
         let dtype = self.dtype.weights();
         let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
         let bar = progress::bar("writing weights", preset.bytes(dtype)?);

@@ -6,17 +6,17 @@
 use std::io::Cursor;
 
 use image::metadata::Orientation;
-use image::{DynamicImage, ExtendedColorType, ImageDecoder, ImageFormat, ImageReader, Limits};
+use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits};
 
-use super::convert::{Grey16, cmyk_to_rgb, to_rgb};
-use super::{Picture, png};
+use super::convert::{Grey16, to_rgb};
+use super::{Picture, png, tiff};
 use crate::error::{Error, Result, guarded};
 
 /// The largest picture that is decoded, in pixels: where Pillow raises `DecompressionBombError`.
 pub const MAX_PIXELS: u64 = 178_956_970;
 
 /// What a decoder may allocate beside the pixels: tables, text chunks, profiles.
-const HEADROOM: u64 = 64 << 20;
+pub(super) const HEADROOM: u64 = 64 << 20;
 
 /// How a file is read.
 #[derive(Clone, Copy, Debug)]
@@ -45,9 +45,14 @@ pub fn decode(name: &str, bytes: &[u8], options: &DecodeOptions) -> Result<Pictu
 fn read(bytes: &[u8], options: &DecodeOptions) -> Result<Picture, String> {
     let mut limits = Limits::default();
     limits.max_alloc = Some(HEADROOM);
+    let bytes = &*png::with_end(bytes);
     let mut reader = ImageReader::new(Cursor::new(bytes));
     reader.limits(limits.clone());
     let reader = reader.with_guessed_format().map_err(|error| error.to_string())?;
+    if tiff::is_big(bytes) || reader.format() == Some(ImageFormat::Tiff) {
+        let page = tiff::read(bytes)?;
+        return upright(page.width, page.height, page.rgb, page.orientation);
+    }
     let format = reader.format().ok_or_else(|| unknown_format(bytes))?;
     if format == ImageFormat::Gif {
         return read_gif(bytes, options).map_err(|error| error.to_string());
@@ -62,7 +67,7 @@ fn read(bytes: &[u8], options: &DecodeOptions) -> Result<Picture, String> {
         return Err("the file is cut off: the JPEG end marker is missing".into());
     }
 
-    let orientation = match options.exif_orientation || format == ImageFormat::Tiff {
+    let orientation = match options.exif_orientation {
         true => orientation(&mut decoder),
         false => Orientation::NoTransforms,
     };
@@ -72,10 +77,8 @@ fn read(bytes: &[u8], options: &DecodeOptions) -> Result<Picture, String> {
     };
     // 16-bit grey with a transparent value, which the decoder turns into alpha, stays mode I;16 in Pillow.
     let deep_alpha = if facts.alpha { Grey16::HighByte } else { Grey16::Clip };
-    let mut rgb = match decoder.original_color_type() {
-        ExtendedColorType::Cmyk8 => read_cmyk_tiff(bytes).map_err(|error| error.to_string())?,
-        _ => to_rgb(DynamicImage::from_decoder(decoder).map_err(|error| error.to_string())?, deep_alpha)?,
-    };
+    let decoded = DynamicImage::from_decoder(decoder).map_err(|error| error.to_string())?;
+    let mut rgb = to_rgb(decoded, deep_alpha)?;
     if let Some(colour) = facts.transparent.filter(|_| options.whiten_transparent) {
         whiten(&mut rgb, colour);
     }
@@ -93,7 +96,7 @@ fn whiten(rgb: &mut [u8], colour: [u8; 3]) {
 }
 
 /// The number of pixels, if there may be so many.
-fn check_size(width: u32, height: u32) -> Result<u64, String> {
+pub(super) fn check_size(width: u32, height: u32) -> Result<u64, String> {
     let pixels = u64::from(width) * u64::from(height);
     if pixels == 0 {
         return Err(format!("the header says {width}x{height} pixels, expected at least 1x1"));
@@ -148,19 +151,6 @@ fn read_gif(bytes: &[u8], reading: &DecodeOptions) -> Result<Picture, Box<dyn st
     Ok(Picture { width, height, rgb })
 }
 
-/// The RGB bytes of a CMYK TIFF, whose inks `image` would convert through f32.
-fn read_cmyk_tiff(bytes: &[u8]) -> tiff::TiffResult<Vec<u8>> {
-    use tiff::decoder::{Decoder, DecodingResult, Limits};
-    let mut limits = Limits::default();
-    limits.decoding_buffer_size = MAX_PIXELS as usize * 4;
-    match Decoder::new(Cursor::new(bytes))?.with_limits(limits).read_image()? {
-        DecodingResult::U8(inks) => {
-            Ok(inks.as_chunks::<4>().0.iter().flat_map(|&ink| cmyk_to_rgb(ink)).collect())
-        }
-        other => unreachable!("8-bit inks decoded as {other:?}"),
-    }
-}
-
 /// The picture of `rgb` as stored, turned upright.
 fn upright(width: u32, height: u32, rgb: Vec<u8>, orientation: Orientation) -> Result<Picture, String> {
     let stored =
@@ -182,7 +172,7 @@ fn orientation(decoder: &mut impl ImageDecoder) -> Orientation {
 }
 
 /// The digit that Pillow's `tiff:Orientation(="|>)([0-9])` finds.
-fn xmp_orientation(xmp: &[u8]) -> Option<u8> {
+pub(super) fn xmp_orientation(xmp: &[u8]) -> Option<u8> {
     const KEY: &[u8] = b"tiff:Orientation";
     let after = xmp.windows(KEY.len()).position(|window| window == KEY)? + KEY.len();
     let value = xmp[after..].strip_prefix(b"=\"").or_else(|| xmp[after..].strip_prefix(b">"))?;

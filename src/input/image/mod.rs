@@ -13,6 +13,7 @@ mod decode;
 mod png;
 mod preprocess;
 pub mod resize;
+mod tiff;
 mod tiling;
 
 pub use decode::{DecodeOptions, MAX_PIXELS, decode};

@@ -1,5 +1,7 @@
-//! Two facts of a PNG file that its decoder does not pass on: whether it has an alpha channel of its own,
-//! and its one transparent colour.
+//! What a PNG decoder does not pass on, whether there is an alpha channel and a transparent colour, and what it
+//! does not pass over: an end that is missing.
+
+use std::borrow::Cow;
 
 /// What is found between the signature and the pixels.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -28,6 +30,27 @@ pub(super) fn facts(bytes: &[u8]) -> Facts {
         rest = next.get(4..).unwrap_or_default();
     }
     Facts { alpha: colour_type & 4 != 0, transparent: colour(depth, colour_type, palette, transparency) }
+}
+
+/// The file with an end, if it was cut off behind its pixels: Pillow reads those and asks for no more.
+pub(super) fn with_end(bytes: &[u8]) -> Cow<'_, [u8]> {
+    const END: [u8; 12] = *b"\0\0\0\0IEND\xae\x42\x60\x82";
+    let mut at = 8;
+    let mut last: &[u8] = b"";
+    while let Some(&[a, b, c, d, ref name @ ..]) =
+        bytes.get(at..at + 8).filter(|_| bytes.starts_with(b"\x89PNG"))
+    {
+        let next = at + 12 + u32::from_be_bytes([a, b, c, d]) as usize;
+        if next > bytes.len() || name == b"IEND" {
+            break;
+        }
+        (at, last) = (next, name);
+    }
+    let rest = bytes.get(at..).unwrap_or_default();
+    match last == b"IDAT" && END.starts_with(rest) && rest.len() < END.len() {
+        true => Cow::Owned([&bytes[..at], &END].concat()),
+        false => Cow::Borrowed(bytes),
+    }
 }
 
 fn colour(depth: u8, colour_type: u8, palette: &[u8], transparency: &[u8]) -> Option<[u8; 3]> {

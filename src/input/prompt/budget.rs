@@ -12,7 +12,7 @@ use std::fmt::{self, Write};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use minijinja::machinery::{Instruction, Instructions};
+use minijinja::machinery::{Instruction, Instructions, Token, WhitespaceConfig, tokenize};
 use minijinja::value::{Object, Rest, ValueKind};
 use minijinja::{Environment, Error, ErrorKind, Output, State, Value, filters};
 use minijinja_contrib::pycompat;
@@ -71,6 +71,35 @@ pub(super) fn add_to(environment: &mut Environment<'static>) {
     });
 }
 
+/// The longest tag in words; real ones have a hundred. The compiler's time grows with the square of it.
+const MAX_WORDS: usize = 20_000;
+
+/// A filter that only stands in sources: see [`without_constants`].
+const MADE: &str = "made_when_it_runs";
+
+/// The source, with a mark in front of every operator that makes much of little: where both sides are constants, the
+/// compiler would do it, and pay for nothing.
+pub(super) fn without_constants(source: &str) -> Result<String, Error> {
+    let mut marked = String::with_capacity(source.len());
+    let (mut done, mut is_first, mut words) = (0, true, 0);
+    for token in tokenize(source, false, Default::default(), WhitespaceConfig::default()) {
+        let (token, span) = token?;
+        words = if matches!(token, Token::VariableStart | Token::BlockStart) { 0 } else { words + 1 };
+        if words > MAX_WORDS {
+            return Err(refused(format!("an expression of more than {MAX_WORDS} words")));
+        }
+        // A star in front of a term spreads a list.
+        if !is_first && matches!(token, Token::Mul | Token::Plus | Token::Tilde) {
+            let at = span.start_offset as usize;
+            marked.extend([&source[done..at], "|", MADE, " "]);
+            done = at;
+        }
+        is_first = matches!(token, Token::Comma | Token::ParenOpen | Token::BracketOpen);
+    }
+    marked.push_str(&source[done..]);
+    Ok(marked)
+}
+
 /// The same program, paying for what it makes.
 pub(super) fn metered<'a>(program: &Instructions<'a>) -> Instructions<'a> {
     use Instruction as I;
@@ -81,6 +110,7 @@ pub(super) fn metered<'a>(program: &Instructions<'a>) -> Instructions<'a> {
         let call = |function, arguments| I::CallFunction(function, Some(arguments));
         let weigh = call(WEIGHED, 1);
         let code = match program.get(at).expect("an instruction at every place").clone() {
+            I::ApplyFilter(MADE, ..) => vec![],
             // As a value it goes through `write_value`.
             I::EmitRaw(text) => vec![I::LoadConst(text.into()), I::Emit],
             I::StringConcat => vec![call(CONCAT, 2), weigh],

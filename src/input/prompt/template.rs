@@ -132,7 +132,11 @@ impl ChatTemplate {
         functions::add_to(&mut environment);
         budget::add_to(&mut environment);
         let source = functions::without_generation_blocks(&source);
-        on_deep_stack(name, || program(&source).map(drop))?;
+        let source = on_deep_stack(name, || {
+            let source = budget::without_constants(&source)?;
+            program(&source)?;
+            Ok(source)
+        })?;
         let mut template = ChatTemplate {
             name: name.into(),
             source,

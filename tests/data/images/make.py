@@ -131,6 +131,9 @@ def pngs():
     xmp.add_itxt("XML:com.adobe.xmp", '<x:xmpmeta><rdf:Description tiff:Orientation="8"/></x:xmpmeta>')
     add("xmp8.png", saved(image, format="PNG", pnginfo=xmp))
     add("animated.png", saved(image, format="PNG", save_all=True, append_images=[noise(W, H)]))
+    whole = png(8, 2, rgb)
+    add("no_end.png", whole[:-12])
+    add("half_end.png", whole[:-5])
 
 
 def jpegs():
@@ -202,6 +205,39 @@ def bmps():
     add("topdown.bmp", header + info + pixels)
 
 
+def tiff(samples, bits, meaning, *, order="<", kind=1, extra=None, planar=False, palette=None, big=False):
+    """A TIFF of `samples` [height, width, channels] in one strip (a plane, if planar), for layouts that Pillow does
+    not write."""
+    height, width, channels = samples.shape
+    planes = [samples[..., c : c + 1] for c in range(channels)] if planar else [samples]
+    if bits < 8:
+        strips = [b"".join(row[1:] for row in (packed([line], bits) for line in plane)) for plane in planes]
+    else:
+        dtype = order + {1: "u", 2: "i", 3: "f"}[kind] + str(bits // 8)
+        strips = [plane.astype(dtype).tobytes() for plane in planes]
+    tags = {256: [width], 257: [height], 258: [bits] * channels, 259: [1], 262: [meaning], 277: [channels]}
+    tags |= {278: [height], 279: [len(strip) for strip in strips], 284: [2 if planar else 1], 339: [kind] * channels}
+    tags |= ({338: [extra]} if extra is not None else {}) | ({320: palette} if palette is not None else {})
+    word, inline = ("Q", 8) if big else ("I", 4)
+    out = (b"II" if order == "<" else b"MM") + struct.pack(order + ("HHHQ" if big else "HI"), *((43, 8, 0, 16) if big else (42, 8)))
+    tags[273] = [0] * len(strips)
+    size = (8 if big else 2) + len(tags) * (20 if big else 12) + inline
+    data_at, tail = len(out) + size, b""
+    for i, strip in enumerate(strips):
+        tags[273][i] = data_at + len(tail)
+        tail += strip
+    out += struct.pack(order + ("Q" if big else "H"), len(tags))
+    for tag, values in sorted(tags.items()):
+        letter, code = ("I", 4) if tag in (273, 279) else ("H", 3)
+        field = struct.pack(f"{order}{len(values)}{letter}", *values)
+        if len(field) > inline:
+            at = data_at + len(tail)
+            tail += field
+            field = struct.pack(order + word, at)
+        out += struct.pack(order + "HH" + word, tag, code, len(values)) + field.ljust(inline, b"\0")
+    return out + struct.pack(order + word, 0) + tail
+
+
 def tiffs():
     r = np.random.RandomState(11)
     cmyk = Image.fromarray(r.randint(0, 256, (H, W, 4)).astype(np.uint8), "CMYK")
@@ -219,6 +255,21 @@ def tiffs():
     deep = np.concatenate([np.arange(W * 4) * 6, r.randint(0, 1 << 16, W * (H - 4))])
     add("grey16.tif", saved(Image.fromarray(deep.astype(np.uint16).reshape(H, W)), format="TIFF"))
     add("orientation6.tif", saved(rgb, format="TIFF", tiffinfo={274: 6}))
+    sample = lambda top, channels, low=0: r.randint(low, top, (H, W, channels))
+    add("grey_alpha.tif", tiff(sample(256, 2), 8, 1, extra=2))
+    add("grey4.tif", tiff(sample(16, 1), 4, 1))
+    add("grey2_white_is_zero.tif", tiff(sample(4, 1), 2, 0))
+    add("grey16_white_is_zero.tif", tiff(sample(400, 1), 16, 0))
+    add("grey16_signed.tif", tiff(sample(400, 1, -100), 16, 1, kind=2, order=">"))
+    add("grey32.tif", tiff(sample(400, 1, -100), 32, 1, kind=2))
+    add("palette4.tif", tiff(sample(16, 1), 4, 3, palette=list(map(int, r.randint(0, 1 << 16, 48)))))
+    premultiplied = sample(256, 4)
+    premultiplied[0, :3, 3] = 0
+    add("rgba_premultiplied.tif", tiff(premultiplied, 8, 2, extra=1))
+    add("rgb16.tif", tiff(sample(1 << 16, 3), 16, 2, order=">"))
+    add("rgb_planes.tif", tiff(sample(256, 3), 8, 2, planar=True))
+    add("cmyk16.tif", tiff(sample(1 << 16, 4), 16, 5))
+    add("big.tif", tiff(sample(256, 3), 8, 2, big=True))
 
 
 def resizes():

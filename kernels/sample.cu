@@ -167,7 +167,11 @@ struct Sampler {
         uint64_t best = 0;
         each([&](uint32_t id, float x) {
             bool finite = (float_to_bits(x) & 0x7f800000u) != 0x7f800000u;
-            uint64_t candidate = finite ? (uint64_t)order_of(score(id, x)) << 32 | ~id : ~0ull;
+            // What a GPU makes of parameters out of range is a NaN of all ones, which would read as a logit that is not
+            // finite.
+            uint32_t order = order_of(score(id, x));
+            if (order == 0xffffffffu) order--;
+            uint64_t candidate = finite ? (uint64_t)order << 32 | ~id : ~0ull;
             if (candidate > best) best = candidate;
         });
         return reduce_block(best, shared.of_warp, [](uint64_t a, uint64_t b) { return a > b ? a : b; });

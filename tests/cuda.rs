@@ -117,12 +117,15 @@ fn what_is_not_finite_is_found() {
 }
 
 macro_rules! ops {
-    ($($test:ident $op:literal;)*) => { $(
-        #[test]
-        fn $test() {
-            check($op);
-        }
-    )* };
+    ($($test:ident $op:literal;)*) => {
+        const OPS: &[&str] = &[$($op),*];
+        $(
+            #[test]
+            fn $test() {
+                check($op);
+            }
+        )*
+    };
 }
 
 ops! {
@@ -140,4 +143,22 @@ ops! {
     select_rows "SelectRows";
     sample "Sample";
     l2_normalize "L2Normalize";
+}
+
+/// Every case of moderate size once and unjudged, for tools that watch a GPU and make it a hundred times slower:
+/// `compute-sanitizer cuda --ignored`.
+#[test]
+#[ignore = "for compute-sanitizer"]
+fn every_kernel_once_needs_gpu() {
+    const ELEMENTS: usize = 1 << 16;
+    for Tested { backend, .. } in devices() {
+        let dtype = backend.dtype();
+        let all = OPS.iter().flat_map(|op| cases_of(op)).map(|case| (case.data(0, dtype), case));
+        let moderate = all.filter(|(data, _)| {
+            let weights = data.weights.iter().map(|weight| weight.rows * weight.cols);
+            data.ins.iter().map(Vec::len).chain(weights).sum::<usize>() <= ELEMENTS
+        });
+        let count = moderate.map(|(data, case)| case.run(backend.clone(), &data)).count();
+        println!("{count} cases on {}", backend.describe());
+    }
 }

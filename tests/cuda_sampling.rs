@@ -152,8 +152,10 @@ fn scores_that_overflow_choose_a_token() {
 #[test]
 fn options_out_of_range_choose_a_token() {
     type Spoil = fn(&mut SampleParams);
-    let spoils: [Spoil; 14] = [
+    let spoils: [Spoil; 15] = [
         |p| p.temperature = f32::NAN,
+        // The NaN that a GPU makes.
+        |p| p.temperature = f32::from_bits(0x7fff_ffff),
         |p| p.temperature = -1.0,
         |p| p.temperature = f32::INFINITY,
         |p| p.temperature = 1e-40,

@@ -21,6 +21,7 @@ def objects(name):
         return []
 
 
+SANITIZER = [f"{tool}{of}" for tool in ("memcheck", "racecheck", "synccheck") for of in ("", "-run")]
 parts = {}
 for path in sorted(out.glob("*.status")):
     status, seconds = path.read_text().split()
@@ -41,20 +42,21 @@ results = {
         if (Path("cases") / name).exists()
     },
     "demo": (objects("demo") or [None])[0],
-    "sanitizer": {tool: text(f"{tool}.log").splitlines()[-1:] for tool in ("memcheck", "racecheck", "synccheck")},
+    "sanitizer": {tool: text(f"{tool}.log").splitlines()[-1:] for tool in SANITIZER},
     "torch": (objects("torch") or [[]])[0],
     "ops": (objects("ops") or [[]])[0],
-    "bench": objects("7b") + objects("7b-deep") + objects("13b"),
+    "bench": objects("7b") + objects("7b-launches") + objects("7b-deep") + objects("13b"),
 }
 (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
 
 lines = [f"{results['gpu_before']}; commit {results['commit']}; {results['date']}", ""]
 if results["bench"]:
-    lines += ["| test | t/s | ms | floor ms | of ceiling |", "| --- | ---: | ---: | ---: | ---: |"]
+    lines += ["| test | t/s | ms | floor ms | of ceiling | launches |", "| --- | ---: | ---: | ---: | ---: | ---: |"]
 for row in results["bench"]:
+    anew = " launched anew" if row["n_gen"] and not row["graph_replay"] else ""
     lines.append(
-        f"| {row['model_type']} {row['test']} | {row['avg_ts']:.1f} | {row['avg_ns'] / 1e6:.3f} |"
-        f" {row['floor_ms'] or 0:.3f} | {row['percent_of_ceiling'] or 0:.0f} % |"
+        f"| {row['model_type']} {row['test']}{anew} | {row['avg_ts']:.1f} | {row['avg_ns'] / 1e6:.3f} |"
+        f" {row['floor_ms'] or 0:.3f} | {row['percent_of_ceiling'] or 0:.0f} % | {row['launches_per_step']:.0f} |"
     )
 for part in results["ops"]:
     lines += ["", part["test"], "", "| op | shape | us | of ceiling |", "| --- | --- | ---: | ---: |"]

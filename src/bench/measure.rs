@@ -222,6 +222,8 @@ impl Run<'_> {
         if depth > 0 {
             self.prefill(&mut sequences, prompt.max(1), Instant::now())?;
             self.asked.clear();
+            // A device may still be at it; what follows must not wait for it inside the clock.
+            self.engine.model().backend().synchronize()?;
         }
         self.done.units = batch * (prompt + generate);
         let mut tokens: Vec<Vec<Duration>> = vec![Vec::with_capacity(generate + 1); batch];

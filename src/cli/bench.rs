@@ -67,6 +67,9 @@ pub struct Bench {
     /// Most prompt positions processed at once
     #[arg(long, value_name = "N", default_value_t = SessionOptions::default().prefill_chunk)]
     prefill_chunk: usize,
+    /// Launch every kernel anew, instead of replaying recorded steps as a GPU session does
+    #[arg(long)]
+    no_replay: bool,
     /// The format on stdout
     #[arg(short = 'o', long = "output", value_enum, default_value_t = Format::Md)]
     output: Format,
@@ -194,7 +197,12 @@ impl Bench {
     ) -> Result<Vec<Row>> {
         let model = Arc::new(Model::load(source, load)?);
         let tests = fitting(plan, &model);
-        let mut engine = engine(model, &tests, self.prefill_chunk)?;
+        let options = SessionOptions {
+            prefill_chunk: self.prefill_chunk,
+            replay: !self.no_replay,
+            ..SessionOptions::default()
+        };
+        let mut engine = engine(model, &tests, options)?;
         engine.control = control.clone();
         let subject = Subject::new(engine.model(), load.load_mode, engine.session().prefill_chunk());
         let model = engine.model().clone();
@@ -228,8 +236,8 @@ fn fitting(plan: &Plan, model: &Model) -> Vec<Test> {
     tests.filter(|test| pictures || matches!(test, Test::Text { .. })).collect()
 }
 
-/// An engine with room for the largest of the tests.
-pub fn engine(model: Arc<Model>, tests: &[Test], prefill_chunk: usize) -> Result<Engine> {
+/// An engine with room for the largest of the tests, in other respects as `options` say.
+pub fn engine(model: Arc<Model>, tests: &[Test], options: SessionOptions) -> Result<Engine> {
     let config = model.config();
     let image_tokens =
         config.tiling.as_ref().map_or_else(|| config.square_rows(), |tiling| tiling.max_tokens());
@@ -239,9 +247,8 @@ pub fn engine(model: Arc<Model>, tests: &[Test], prefill_chunk: usize) -> Result
     let options = SessionOptions {
         context: Some(longest),
         kv_memory: Some((pages * page_bytes(&config.text, model.backend().dtype())) as u64),
-        prefill_chunk,
         max_sequences: sequences,
-        ..SessionOptions::default()
+        ..options
     };
     Ok(Engine::new(Session::new(model, options)?))
 }

@@ -102,7 +102,7 @@ impl Ops {
             tests.insert(0, Test::Image { images: 1 });
         }
         tests.retain(|test| !matches!(test, Test::Text { prompt: 0, generate: 0, .. }));
-        let mut engine = engine(model, &tests, SessionOptions::default().prefill_chunk)?;
+        let mut engine = engine(model, &tests, SessionOptions::default())?;
         let model = engine.model().clone();
         let mut parts = Vec::new();
         for test in tests {

@@ -158,6 +158,11 @@ impl Executor {
         self.replayed
     }
 
+    /// Whether work that comes again is recorded and replayed, where the device can; it is unless told otherwise.
+    pub fn record(&mut self, yes: bool) {
+        self.records = yes;
+    }
+
     /// Why nothing is recorded, on a device that tried and failed.
     pub fn unrecorded(&self) -> Option<&Error> {
         self.unrecorded.as_ref()

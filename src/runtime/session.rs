@@ -54,13 +54,17 @@ impl Session {
         let rope = rope_table(&model, max.context)?;
         let mut states = vec![rope.addr];
         states.extend((0..config.num_layers).flat_map(|layer| kv.layer(layer)));
-        let language =
+        let mut language =
             Executor::new(model.language().clone(), backend.clone(), language_plan, arena.clone(), &states);
-        let vision = model
+        language.record(options.replay);
+        let mut vision = model
             .vision()
             .zip(vision_plan)
             .map(|(v, plan)| Encoder::new(model.clone(), v.clone(), plan, arena.clone()))
             .transpose()?;
+        if let Some(vision) = &mut vision {
+            vision.record(options.replay);
+        }
         let pages = SharedPages::new(PageAllocator::new(max.pages));
         let staging = Staging::with_capacity(&max, options.max_sequences);
         Ok(Session { model, language, vision, kv, pages, plan: memory, options, staging, _rope: rope })

@@ -25,6 +25,8 @@ pub struct SessionOptions {
     pub vision_batch: usize,
     /// Makes room for the logits of every row of a step; without it, for as many rows as sequences.
     pub all_logits: bool,
+    /// Replays recorded steps on a device that can; without it, every kernel is launched anew. The bits are the same.
+    pub replay: bool,
 }
 
 impl Default for SessionOptions {
@@ -36,6 +38,7 @@ impl Default for SessionOptions {
             max_sequences: 8,
             vision_batch: 8,
             all_logits: false,
+            replay: true,
         }
     }
 }

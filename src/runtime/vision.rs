@@ -91,6 +91,11 @@ impl Encoder {
         &self.executor
     }
 
+    /// Whether runs that come again are recorded; see [`Executor::record`].
+    pub fn record(&mut self, yes: bool) {
+        self.executor.record(yes);
+    }
+
     /// Writes down when nodes run; see [`Executor::trace`].
     pub fn trace(&mut self, capacity: usize) {
         self.executor.trace(capacity);

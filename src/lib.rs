@@ -48,7 +48,7 @@
 //! | [`input`] | image bytes to pixels; conversations to ids and ids to text (uses only `error`, `folder`, `tensor`) | models |
 //! | [`model`] | configurations, checkpoints, names, presets, adapters; the graphs of towers, projector, LLaMA | memory that changes |
 //! | [`runtime`] | pages (integers), KV pool (bytes), sequences, sessions, the engine; CLIP by itself | terminal, arguments |
-//! | [`bench`] | stages, ops and starts against the ceilings of the same run; traces, tables, comparisons | terminal, arguments |
+//! | [`bench`](mod@bench) | stages, ops and starts against the ceilings of the same run; traces, tables, comparisons | terminal, arguments |
 //! | [`cli`] | one file a command | anything a library user would miss |
 //!
 //! An op is found by its name in every room: [`op::Op::RmsNorm`] is computed in `backend/cpu/norm.rs`, and on a

@@ -51,8 +51,12 @@ struct Bench {
     percent_of_ceiling: Option<f64>,
 }
 
-/// What must have run, and well, before a kernel counts as verified.
-const PROOFS: [&str; 6] = ["cuda", "cuda_attention", "cuda_sampling", "device", "probes", "demo"];
+/// What must have run, and well, before a file of kernels counts as verified.
+fn proofs(file: &str) -> impl Iterator<Item = &'static str> {
+    // What is right about sampling says nothing of other kernels.
+    let of_sampling = (file == "sample.cu").then_some("cuda_sampling");
+    ["cuda", "cuda_attention", "device", "probes", "demo"].into_iter().chain(of_sampling)
+}
 
 pub fn results(file: &Path) -> Results {
     let text = std::fs::read_to_string(file).unwrap_or_else(|error| panic!("{}: {error}", file.display()));
@@ -62,7 +66,7 @@ pub fn results(file: &Path) -> Results {
 impl Results {
     /// The run, with what it measured of a file's ops.
     pub fn run_of(&self, file: &str, results: &str) -> Result<GpuRun, String> {
-        for proof in PROOFS {
+        for proof in proofs(file) {
             match self.parts.get(proof) {
                 Some(Part { status: 0 }) => {}
                 Some(Part { status }) => return Err(format!("{proof} failed ({status})")),
@@ -154,8 +158,12 @@ pub fn figures(entries: &Entries) -> String {
         text += &format!("| `{file}` | {chip}, driver {driver}, {date}, commit {commit} | {range} |\n");
     }
     if runs.len() < entries.len() || runs.iter().any(|(_, run)| run.results != first.results) {
+        let run = &first.results;
         return text
-            + "\nOther kernels were edited since a GPU ran them, so there are no figures of whole models.\n";
+            + &format!(
+                "\nOther kernels were edited since a GPU ran them, so there are no figures of whole models here; \
+                 [the run](benches/results/{run}) has those of its own.\n"
+            );
     }
     let results = results(&Path::new("benches/results").join(&first.results));
     text += &format!(
@@ -182,11 +190,11 @@ mod tests {
 
     /// Results as `prove` leaves them: one op of two phases, two models' rows.
     fn made_up() -> Value {
-        let passed = PROOFS.map(|proof| (proof.to_string(), json!({"status": 0, "seconds": 9})));
+        let passed = proofs("sample.cu").map(|proof| (proof.to_string(), json!({"status": 0, "seconds": 9})));
         let op = |seconds| json!({"op": "Linear", "shape": "1x2 3x2 bf16", "calls": 4, "seconds": seconds, "floor": 1.0});
         json!({
             "date": "2026-01-31T01:02:03Z", "commit": "abc1234", "gpu_before": "NVIDIA X, 570.1, 1980 MHz",
-            "kernels": digests(), "parts": Value::Object(passed.into_iter().collect()),
+            "kernels": digests(), "parts": Value::Object(passed.collect()),
             "ops": [{"test": "pp640", "ops": [op(2.0)]}, {"test": "tg16 @ d640", "ops": [op(1.25)]}],
             "bench": [],
         })
@@ -222,9 +230,11 @@ mod tests {
 
     #[test]
     fn a_run_that_failed_or_left_something_out_is_refused() {
-        for (part, status, told) in
-            [("cuda", Some(101), "cuda failed (101)"), ("probes", None, "probes did not run")]
-        {
+        for (part, status, told) in [
+            ("cuda", Some(101), "cuda failed (101)"),
+            ("cuda_sampling", Some(101), "cuda_sampling failed (101)"),
+            ("probes", None, "probes did not run"),
+        ] {
             let mut results = made_up();
             match status {
                 Some(status) => results["parts"][part]["status"] = status.into(),
@@ -232,6 +242,10 @@ mod tests {
             }
             assert_eq!(entered(results).unwrap_err(), told);
         }
+        let mut results = made_up();
+        results["parts"]["cuda_sampling"]["status"] = 101.into();
+        results["kernels"]["sample.cu"] = "of another sample.cu".into();
+        assert!(entered(results).unwrap()["linear.cu"].gpu.is_some(), "sampling is one file's affair");
     }
 
     #[test]

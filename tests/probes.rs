@@ -13,6 +13,7 @@ mod meaning;
 
 use std::fmt::Write;
 use std::path::Path;
+#[cfg(feature = "emu")]
 use std::sync::Arc;
 use tessera::backend::cuda::driver::{Driver, Shape};
 use tessera::backend::cuda::gpu;

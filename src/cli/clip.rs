@@ -49,11 +49,11 @@ impl ClipArgs {
 pub struct Classify {
     #[command(flatten)]
     model: ClipArgs,
-    /// A picture; may be given several times
-    #[arg(long, value_name = "FILE", required = true)]
+    /// Pictures
+    #[arg(long, value_name = "FILE", required = true, num_args = 1..)]
     image: Vec<PathBuf>,
-    /// What a picture may show, as `a photo of a cat`; may be given several times
-    #[arg(long, value_name = "TEXT", required = true)]
+    /// What a picture may show, each as `a photo of a cat`
+    #[arg(long, value_name = "TEXT", required = true, num_args = 1..)]
     label: Vec<String>,
     /// Print one JSON object for each picture
     #[arg(long)]
@@ -99,11 +99,11 @@ impl Classify {
 pub struct Embed {
     #[command(flatten)]
     model: ClipArgs,
-    /// A picture; may be given several times
-    #[arg(long, value_name = "FILE", required_unless_present = "text", conflicts_with = "text")]
+    /// Pictures
+    #[arg(long, value_name = "FILE", num_args = 1.., required_unless_present = "text", conflicts_with = "text")]
     image: Vec<PathBuf>,
-    /// A text; may be given several times
-    #[arg(long, value_name = "TEXT")]
+    /// Texts
+    #[arg(long, value_name = "TEXT", num_args = 1..)]
     text: Vec<String>,
     /// Write `image_embeds` or `text_embeds` [n,D] f32 to a safetensors file, instead of JSON lines to stdout
     #[arg(long, short, value_name = "FILE.safetensors")]

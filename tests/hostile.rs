@@ -143,7 +143,7 @@ fn a_config_that_contradicts_the_tensors_is_refused() {
         (|c| c["text_config"]["intermediate_size"] = json!(1 << 18), &["[262144, 32]"]),
         (|c| c["text_config"]["attention_bias"] = json!(true), &["q_proj.bias", "no such tensor"]),
         (|c| c["vision_config"]["image_size"] = json!(35), &["position_embedding", "[26, 16]"]),
-        (|c| c["vision_config"]["patch_size"] = json!(14), &["patch_embedding", "[16, 3, 14, 14]"]),
+        (|c| c["vision_config"]["patch_size"] = json!(14), &["`patch_size` is 7", "expected 14"]),
         (|c| c["vision_config"]["num_hidden_layers"] = json!(9), &["encoder.layers.3", "no such tensor"]),
         (|c| c["vision_feature_layer"] = json!([-2, -1]), &["linear_1", "[32, 32]"]),
         (|c| c["image_token_id"] = json!(7), &["image token is 7"]),
@@ -154,6 +154,15 @@ fn a_config_that_contradicts_the_tensors_is_refused() {
             assert!(error.contains(word), "{error} does not mention {word}");
         }
     }
+    // The processor, which the patches contradicted above, may agree with the config against the tensors.
+    let error = Checkpoint::copy()
+        .json("config.json", |c| c["vision_config"]["patch_size"] = json!(14))
+        .json("processor_config.json", |p| p["patch_size"] = json!(14))
+        .load()
+        .err()
+        .unwrap()
+        .to_string();
+    assert!(error.contains("patch_embedding") && error.contains("[16, 3, 14, 14]"), "{error}");
 }
 
 /// The tensors may agree with the config and yet be too few for the tokenizer.

@@ -6,7 +6,7 @@
 // up to 16 of them, so that their keys are read once. A block walks over chunks of CHUNK positions, which begin
 // at multiples of CHUNK of the absolute position: chunk z, z + gridDim.z and so on. A warp has KEYS positions of
 // a chunk to itself, a page, which it copies and works on without waiting for the others. All of a chunk is on its way
-// at once: 32 KiB for heads of 128, and up to six such blocks share a multiprocessor. Memory speed takes 23 KiB
+// at once: 32 KiB for heads of 128, and four to six such blocks share a multiprocessor. Memory speed takes 23 KiB
 // of each (4.3 TB/s for 0.7 us over 132 of them). Chunks of two pages a warp were slower: at context 1k their 288 blocks
 // are two on some multiprocessors and three on others.
 //
@@ -224,5 +224,5 @@ KERNEL(128, 5, paged_decode_80_bf16, PagedDecodeArgs) { paged_decode<bf16, 80>(a
 KERNEL(128, 5, paged_decode_80_f16, PagedDecodeArgs) { paged_decode<f16, 80>(args); }
 KERNEL(128, 5, paged_decode_96_bf16, PagedDecodeArgs) { paged_decode<bf16, 96>(args); }
 KERNEL(128, 5, paged_decode_96_f16, PagedDecodeArgs) { paged_decode<f16, 96>(args); }
-KERNEL(128, 5, paged_decode_128_bf16, PagedDecodeArgs) { paged_decode<bf16, 128>(args); }
-KERNEL(128, 5, paged_decode_128_f16, PagedDecodeArgs) { paged_decode<f16, 128>(args); }
+KERNEL(128, 4, paged_decode_128_bf16, PagedDecodeArgs) { paged_decode<bf16, 128>(args); }
+KERNEL(128, 4, paged_decode_128_f16, PagedDecodeArgs) { paged_decode<f16, 128>(args); }

@@ -16,7 +16,7 @@ const TILE: usize = 64;
 const CHUNK: usize = 64;
 /// Query heads of a key head that one block of decode serves.
 const HEADS: usize = 16;
-/// Blocks of decode that there are at least, if there is work for them: a multiprocessor holds five or six at a
+/// Blocks of decode that there are at least, if there is work for them: a multiprocessor holds four to six at a
 /// time, and a few rounds of them hide that some are shorter. A row's bits do not depend on it.
 const BLOCKS_PER_MULTIPROCESSOR: usize = 16;
 

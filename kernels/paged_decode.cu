@@ -7,8 +7,8 @@
 // at multiples of CHUNK of the absolute position: chunk z, z + gridDim.z and so on. A warp has KEYS positions of
 // a chunk to itself, a page, which it copies and works on without waiting for the others. All of a chunk is on its way
 // at once: 32 KiB for heads of 128, and four to six such blocks share a multiprocessor. Memory speed takes 23 KiB
-// of each (4.3 TB/s for 0.7 us over 132 of them). Chunks of two pages a warp were slower: at context 1k their 288 blocks
-// are two on some multiprocessors and three on others.
+// of each (4.3 TB/s for 0.7 us over 132 of them). Chunks of two pages a warp were slower: at context 1k their
+// 288 blocks are two on some multiprocessors and three on others.
 //
 // Nothing depends on the size of the grid but speed. Blocks that find no chunk exit at once; so one captured
 // launch serves every length, and later chunks are later blocks, which leave the way free for those with work.
@@ -126,7 +126,8 @@ template <class T, int E> DEVICE void paged_decode(const PagedDecodeArgs& args) 
     T* const values = keys + CHUNK * ROW<E>;
     Found<E>& found = *(Found<E>*)shared;
     // Where the keys and values were; it is somewhat larger than they.
-    constexpr int STAGE = 2 * CHUNK * ROW<E> * sizeof(T) > sizeof(Found<E>) ? 2 * CHUNK * ROW<E> * sizeof(T) : sizeof(Found<E>);
+    constexpr size_t COPIED = 2 * CHUNK * ROW<E> * sizeof(T);
+    constexpr size_t STAGE = COPIED > sizeof(Found<E>) ? COPIED : sizeof(Found<E>);
 
     const int row = blockIdx.y, cols = args.head_dim, group = args.group;
     const int tiles = (group + ROWS - 1) / ROWS, tile = blockIdx.x % tiles * ROWS;

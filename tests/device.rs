@@ -15,13 +15,13 @@ use tessera::graph::diff::{Stray, first_stray, sound};
 use tessera::graph::{Control, Executor, Graph, Plan, ValueId};
 use tessera::model::lora::Lora;
 use tessera::op::PAGE;
-use tessera::runtime::{Advance, Engine, Input, LoadOptions, Model, Phase, Pixels, Request, Sampling};
+use tessera::runtime::{Advance, Clip, Engine, Input, LoadOptions, Model, Phase, Pixels, Request, Sampling};
 use tessera::runtime::{Sequence, Session, SessionOptions, Source, Want};
 use tessera::tensor::{Bindings, DType};
 
 /// Models small enough for the emulated device: every attention and every projector there is, tiles, adapters, f32, f16
 /// and bf16.
-const CASES: [&str; 13] = [
+const CASES: [&str; 15] = [
     "a_llava15_new_bf16",
     "b_llava15_old_f16_sharded",
     "j_llama_chatml_f32",
@@ -34,6 +34,8 @@ const CASES: [&str; 13] = [
     "e3_original_inside",
     "e4_original_identity",
     "h_lora_on_a",
+    "e2_original_marks",
+    "e6_original_anyres",
     "lora_two",
 ];
 
@@ -163,6 +165,34 @@ fn fixtures_lose_no_more_than_16_bits_cost() {
         for (i, name) in CASES.iter().enumerate() {
             let dtype = [DType::BF16, DType::F16][i % 2];
             fixture(name).check(name, Arc::new(tested.backend(dtype)));
+        }
+    }
+}
+
+/// CLIP's towers by themselves, both ways of pooling a text: unit vectors of a picture and of a text.
+#[test]
+fn clip_loses_no_more_than_16_bits_cost() {
+    for (name, picture) in [("f_clip_zeroshot", "cat.png"), ("clip_first_end", "fox.png")] {
+        let folder = std::path::Path::new("tests/data").join(name);
+        let bytes = std::fs::read(folder.join("images").join(picture)).unwrap();
+        let source = Source::Directory(folder.join("model"));
+        let vectors = |backend: Arc<dyn Backend>| {
+            let mut clip = Clip::load_on(backend, &source, &LoadOptions::default()).unwrap();
+            [clip.image(picture, &bytes).unwrap().unit, clip.text("a photo of a cat").unwrap().unit].concat()
+        };
+        let apart = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        let exact = vectors(cpu());
+        for tested in devices::drivers() {
+            for dtype in [DType::BF16, DType::F16] {
+                let cost = apart(&vectors(Watched::rounding(dtype)), &exact);
+                let ours = vectors(Arc::new(tested.backend(dtype)));
+                let deviation = apart(&ours, &exact);
+                println!(
+                    "{name} in {dtype}: vectors deviate by {deviation:.2e}, 16 bits alone cost {cost:.2e}"
+                );
+                assert!(ours.iter().all(|x| x.is_finite()), "{name} in {dtype}");
+                assert!(deviation <= 2.0 * cost, "{name} in {dtype}: {deviation:e} > 2 x {cost:e}");
+            }
         }
     }
 }

@@ -76,7 +76,7 @@ const PARTIAL_BYTES: u64 = 32;
 const TICKET: u64 = 4000;
 
 /// FLOP a cycle of `mma.sync` with 16-bit operands and f32 sums: 645 TFLOP/s of an H200 are 2784 for each
-/// multiprocessor; an A100's 312 are 1680 to 2048; those of GeForce and workstations have half.
+/// multiprocessor, an A100's 312 are 2048; those of GeForce and workstations have half of that.
 fn flop(limits: Limits) -> u64 {
     match limits.capability {
         (8, 0) => 2048,

@@ -1,4 +1,4 @@
-//! Where the files of a model are: in a directory, or in the program itself.
+//! Where the files of a model are: in a directory, in the program itself, or in memory.
 
 use crate::error::{Error, Result};
 use std::fs::{self, File};
@@ -17,6 +17,13 @@ pub enum Folder {
         /// Names and contents.
         files: &'static [(&'static str, &'static [u8])],
     },
+    /// Files that were made for the purpose, and lie nowhere.
+    Made {
+        /// What errors and listings call the folder.
+        name: String,
+        /// Names and contents.
+        files: Vec<(&'static str, Vec<u8>)>,
+    },
 }
 
 impl<P: Into<PathBuf>> From<P> for Folder {
@@ -31,6 +38,7 @@ impl Folder {
         match self {
             Folder::Directory(dir) => dir.join(name),
             Folder::BuiltIn { name: folder, .. } => Path::new(folder).join(name),
+            Folder::Made { name: folder, .. } => Path::new(folder).join(name),
         }
     }
 
@@ -43,6 +51,9 @@ impl Folder {
         match self {
             Folder::BuiltIn { files, .. } => {
                 Ok(files.iter().find(|(file, _)| *file == name).map(|(_, bytes)| bytes.to_vec()))
+            }
+            Folder::Made { files, .. } => {
+                Ok(files.iter().find(|(file, _)| *file == name).map(|(_, bytes)| bytes.clone()))
             }
             Folder::Directory(dir) => read_file(&dir.join(name)),
         }

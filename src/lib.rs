@@ -40,7 +40,7 @@
 //! | module | holds | does not hold |
 //! |---|---|---|
 //! | [`error`] | one enum; every variant names a file, tensor, option or op, what was expected and found | |
-//! | [`folder`] | where a model's files are: a directory, or compiled in | parsing |
+//! | [`folder`] | where a model's files are: a directory, compiled in, or in memory | parsing |
 //! | [`tensor`] | dtypes, shapes with symbolic rows, views of device memory, weights as raw bytes | arithmetic |
 //! | [`op`] | the closed list of operations, their shape rules ([`op::Op::infer`]) and costs | how they are computed |
 //! | [`backend`] | devices: memory, and one op at a time; `cpu` computes, `cuda` launches kernels on a GPU or an emulated device | models, sequences, files |

@@ -1,11 +1,15 @@
 //! The instrument: the arithmetic of its figures against numbers worked out by hand, and what it runs. Nothing here
 //! asserts how long anything takes. `bench_cli.rs` has the forms of what it prints.
 
+mod schema;
+
+use schema::{problems, schema};
 use serde_json::{Value, json};
 use std::fs::File;
 use std::io::Write;
 use tessera::backend::cpu::CpuBackend;
 use tessera::backend::{Backend, CACHED, Ceilings, WorkingSet};
+use tessera::bench::clip;
 use tessera::bench::environment::Watch;
 use tessera::bench::measure::{Measured, Step, measure};
 use tessera::bench::plan::Test;
@@ -17,7 +21,7 @@ use tessera::model::names;
 use tessera::model::preset::Preset;
 use tessera::model::weights::Weights;
 use tessera::op::{Cost, KvExtent, PAGE};
-use tessera::runtime::{Engine, LoadOptions, Model, Session, SessionOptions, Source};
+use tessera::runtime::{Clip, Engine, LoadOptions, Model, Session, SessionOptions, Source};
 use tessera::tensor::{Bindings, DType};
 
 /// LLaVA-1.5-7B as a header over a hole: shapes without data.
@@ -249,4 +253,30 @@ fn a_row_says_what_its_samples_say() {
     assert_eq!((counts.avg_ns, counts.samples_ns.len(), counts.latencies.len()), (0, 0, 0));
     assert_eq!((counts.floor_ms, counts.gbps, counts.spread), (None, None, None));
     assert_eq!(counts.bytes, 160_000_000);
+}
+
+/// Both towers of a CLIP: pictures, and texts of any length, which run at 16 rows or at all positions.
+#[test]
+fn a_clip_is_measured_tower_by_tower() {
+    let source = Source::parse("preset:clip-tiny").unwrap();
+    let mut clip = Clip::load(&source, &LoadOptions::default()).unwrap();
+    let subject = Subject::of_clip(&clip, LoadMode::Mmap);
+    assert!(subject.model_type.starts_with("clip "), "{}", subject.model_type);
+    let ceilings = Ceilings { flops_per_s: 1e15, bytes_per_s: 1e15, ..Ceilings::default() };
+    let mut row = |test: Test| {
+        let measured = clip::measure(&mut clip, test, (0, 2), None).unwrap();
+        let row = Row::new(&subject, test, &measured, 0, Some(ceilings), Watch::begin(None).end(), 0);
+        assert_eq!(problems(&schema("bench"), &json!(row)), Vec::<String>::new());
+        assert!(row.embeddings && row.cache_hits == 0 && row.samples_ns.len() == 2, "{test}");
+        row
+    };
+    let picture = row(Test::Image { images: 2 });
+    assert_eq!((picture.test.as_str(), picture.unit, picture.steps), ("img2", "images", 2));
+    let events: Vec<_> = picture.latencies.iter().map(|event| (event.what.as_str(), event.count)).collect();
+    assert_eq!(events, [("decode", 4), ("encode", 4)]);
+    let [two, sixteen, all] = [2, 16, 77].map(|tokens| row(Test::Caption { tokens }));
+    assert_eq!((all.test.as_str(), all.unit, all.n_prompt), ("txt77", "tokens", 77));
+    assert!(two.flops == sixteen.flops && sixteen.flops < all.flops);
+    let text = Test::Text { prompt: 4, generate: 0, depth: 0, batch: 1 };
+    assert!(clip::measure(&mut clip, text, (0, 1), None).is_err());
 }

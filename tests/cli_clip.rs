@@ -99,13 +99,18 @@ fn the_wrong_command_names_the_right_one() {
     let output = tessera(&["classify", "--model", &llava, "--image", &image, "--label", "x"]);
     assert_eq!(output.status.code(), Some(1));
     assert!(stderr(&output).contains("tessera run"), "{}", stderr(&output));
+    let output = tessera(&["embed", "--model", "preset:llama-tiny", "--text", "x"]);
+    assert!(
+        stderr(&output).contains("preset:llama-tiny/config.json") && stderr(&output).contains("tessera run")
+    );
     for args in [
         &["classify", "--model", &clip, "--image", &image][..],
         &["classify", "--model", &clip, "--label", "x"],
         &["embed", "--model", &clip],
         &["embed", "--model", &clip, "--image", &image, "--text", "x"],
-        &["embed", "--model", "preset:llama-tiny", "--text", "x"],
-        &["inspect", "--model", &clip, "--graph", "vision"],
+        &["embed", "--model", "preset:clip", "--text", "x"],
+        &["inspect", "--model", &clip, "--graph", "prefill"],
+        &["inspect", "--model", &llava, "--graph", "text"],
         &["run", "--lora", "x:inf", "--prompt", "x"],
     ] {
         assert_eq!(tessera(args).status.code(), Some(2), "{args:?}");
@@ -139,6 +144,37 @@ fn inspect_tells_of_clip_and_of_adapters() {
     ] {
         assert!(adapters[1].contains(words), "no {words}: {}", adapters[1]);
     }
+}
+
+/// A CLIP of full size is described without being made, and a small one classifies the same from its directory.
+#[test]
+fn presets_are_clips_too() {
+    let large = ["inspect", "--model", "preset:clip-vit-l-14-336"];
+    let card = stdout(&tessera(&large));
+    for words in [
+        "24 of 24 blocks run, width 1024, 16 heads of 64, MLP 4096, 336x336 pixels in patches of 14",
+        "12 blocks, width 768, 12 heads of 64, MLP 3072, vocabulary 49408, 77 positions",
+        "the largest id",
+        "768 columns",
+        "590 tensors",
+    ] {
+        assert!(card.contains(words), "no {words}: {card}");
+    }
+    let graph = |name| stdout(&tessera(&[&large[..], &["--graph", name]].concat()));
+    // 24 blocks of 2*577*12*1024^2 + 4*577^2*1024 operations, and 12 of 2*77*12*768^2 + 4*77^2*768.
+    assert!(graph("vision").contains("visual_projection") && graph("vision").contains(", 382."));
+    assert!(graph("text").contains("text_projection") && graph("text").contains(", 13."));
+
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("clip").display().to_string();
+    stdout(&tessera(&["synth", "--preset", "clip-tiny", "--out", &out]));
+    let image = data("f_clip_zeroshot/images/cat.png");
+    let classify = |model: &str| {
+        stdout(&tessera(&["classify", "--model", model, "--image", &image, "--label", "a cat", "a dog"]))
+    };
+    assert_eq!(classify(&out), classify("preset:clip-tiny"));
+    let help = stdout(&tessera(&["synth", "--help"]));
+    assert!(help.contains("clip-vit-l-14-336") && help.contains("llava-1.5-7b"), "{help}");
 }
 
 /// `--lora` changes the answer to that of the reference.

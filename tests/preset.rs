@@ -3,8 +3,8 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use tessera::model::checkpoint::LoadMode;
-use tessera::model::config::ModelConfig;
-use tessera::model::names::{self, TensorSpec};
+use tessera::model::config::{ClipConfig, ModelConfig};
+use tessera::model::names::TensorSpec;
 use tessera::model::preset::{PRESETS, Preset};
 use tessera::model::random::{self, Generator, Job};
 use tessera::model::synth::{SynthOptions, synth};
@@ -20,12 +20,19 @@ fn presets_have_the_sizes_of_the_real_models() {
         // The newline is one row more.
         ("llava-1.6-7b", 7_063_427_072 + 4096),
         ("vicuna-7b", 6_738_415_616),
+        ("clip-vit-l-14-336", 427_944_193),
+        ("clip-vit-l-14", 427_616_513),
     ];
     for (name, parameters) in cases {
         assert_eq!(Preset::find(name).unwrap().bytes(DType::F16).unwrap(), 2 * parameters, "{name}");
     }
     for preset in PRESETS {
-        preset.config(DType::BF16).unwrap();
+        // One of the two, and the other says which command is for it.
+        match (preset.config(DType::BF16), preset.clip_config(DType::BF16)) {
+            (Ok(_), Err(error)) => assert!(!preset.is_clip() && error.to_string().contains("tessera run")),
+            (Err(error), Ok(_)) => assert!(preset.is_clip() && error.to_string().contains("tessera embed")),
+            _ => panic!("{preset} is a language model or a CLIP"),
+        }
     }
     let error = Preset::find("llava-70b").unwrap_err().to_string();
     assert!(error.contains("preset:llava-70b") && error.contains("llava-1.5-7b"), "{error}");
@@ -106,20 +113,32 @@ fn random_weights_have_the_variance_that_keeps_activations() {
 
 #[test]
 fn synth_writes_the_bytes_that_a_preset_makes() {
-    for (name, shard_bytes, files) in
-        [("llava-tiny", 1 << 20, 5), ("llava-next-tiny", u64::MAX, 1), ("llama-tiny", u64::MAX, 1)]
-    {
+    let whole = u64::MAX;
+    for (name, shard_bytes, files) in [
+        ("llava-tiny", 1 << 20, 5),
+        ("llava-next-tiny", whole, 1),
+        ("llama-tiny", whole, 1),
+        ("clip-tiny", whole, 1),
+    ] {
         let preset = Preset::find(name).unwrap();
         let dir = tempfile::tempdir().unwrap();
         let options = SynthOptions { dtype: DType::F16, seed: 3, shard_bytes, threads: 2 };
         synth(preset, dir.path(), options, &|_| ()).unwrap();
 
-        assert_eq!(ModelConfig::load(&dir.path().into()).unwrap(), preset.config(DType::F16).unwrap());
+        match preset.is_clip() {
+            true => assert_eq!(
+                ClipConfig::load(&dir.path().into()).unwrap(),
+                preset.clip_config(DType::F16).unwrap()
+            ),
+            false => {
+                assert_eq!(ModelConfig::load(&dir.path().into()).unwrap(), preset.config(DType::F16).unwrap())
+            }
+        }
         let written = Weights::open(&dir.path().into(), LoadMode::Mmap).unwrap();
         let made = random(name, DType::F16, 3, 1);
         assert_eq!(written.storages().count(), files, "{name}");
         assert_eq!((written.layout(), written.tensors().len()), (made.layout(), made.tensors().len()));
-        for spec in names::tensors(&preset.config(DType::F16).unwrap()) {
+        for spec in preset.tensors().unwrap() {
             let (a, b) = (written.tensor(&spec.name, &spec.shape), made.tensor(&spec.name, &spec.shape));
             assert!(a.unwrap().bytes.as_bytes() == b.unwrap().bytes.as_bytes(), "{}", spec.name);
         }

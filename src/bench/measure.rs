@@ -8,7 +8,7 @@
 use super::drawn::{Random, vary};
 use super::plan::Test;
 use crate::backend::{Counts, WorkingSet};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::graph::{Executor, Graph};
 use crate::op::{Cost, KvExtent};
 use crate::runtime::{Advance, Engine, ImageHandle, Phase, Sampling, Sequence, Want};
@@ -37,6 +37,16 @@ pub struct Measured {
     pub cache_hits: usize,
 }
 
+impl Measured {
+    /// Adds times of an event.
+    pub(super) fn latency(&mut self, name: &'static str, seconds: impl IntoIterator<Item = f64>) {
+        match self.latencies.iter_mut().find(|(known, _)| *known == name) {
+            Some((_, known)) => known.extend(seconds),
+            None => self.latencies.push((name, seconds.into_iter().collect())),
+        }
+    }
+}
+
 /// The work of a step, and what it uses again and again.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Step {
@@ -49,7 +59,7 @@ pub struct Step {
 impl Step {
     /// Some nodes of a graph on bound shapes. A step goes through all weights of its graph; what one op makes
     /// the next one uses.
-    fn new(graph: &Graph, nodes: Range<usize>, bindings: &Bindings, kv: KvExtent) -> Self {
+    pub(super) fn new(graph: &Graph, nodes: Range<usize>, bindings: &Bindings, kv: KvExtent) -> Self {
         let mut step =
             Step { set: WorkingSet { stored: graph.weight_bytes(), passing: 0 }, ..Step::default() };
         for node in nodes {
@@ -65,30 +75,37 @@ impl Step {
 /// replace the drawn ones if given.
 ///
 /// # Errors
-/// Whatever the engine says; [`Error::Cancelled`](crate::Error::Cancelled).
+/// Whatever the engine says; [`Error::Cancelled`].
 pub fn measure(
     engine: &mut Engine,
     test: Test,
-    (warmups, repetitions): (usize, usize),
+    repetitions: (usize, usize),
     picture: Option<&[u8]>,
 ) -> Result<Measured> {
-    let mut all = Measured::default();
-    for repetition in 0..warmups + repetitions {
+    repeat(repetitions, |repetition| {
         let random = Random::of(test, repetition);
         let mut run =
             Run { engine, random, picture, repetition, asked: Vec::new(), done: Measured::default() };
         let seconds = run.test(test)?;
-        let done = run.finish();
+        Ok((seconds, run.finish()))
+    })
+}
+
+/// Puts together what the repetitions of a test give, each its seconds and the rest, but for warm-ups.
+pub(super) fn repeat(
+    (warmups, repetitions): (usize, usize),
+    mut run: impl FnMut(usize) -> Result<(f64, Measured)>,
+) -> Result<Measured> {
+    let mut all = Measured::default();
+    for repetition in 0..warmups + repetitions {
+        let (seconds, done) = run(repetition)?;
         all.cache_hits += done.cache_hits;
         if repetition < warmups {
             continue;
         }
         all.samples.push(seconds);
         for (name, times) in done.latencies {
-            match all.latencies.iter_mut().find(|(known, _)| *known == name) {
-                Some((_, known)) => known.extend(times),
-                None => all.latencies.push((name, times)),
-            }
+            all.latency(name, times);
         }
         (all.units, all.steps, all.launches) = (done.units, done.steps, done.launches);
         (all.replays, all.counts) = (done.replays, done.counts);
@@ -124,6 +141,7 @@ impl Run<'_> {
             }
             Test::Text { prompt, generate, depth, batch } => self.text(prompt, generate, depth, batch),
             Test::FirstToken { images, prompt } => self.first_token(images, prompt),
+            Test::Caption { .. } => Err(Error::Prompt("only a CLIP makes a vector of a text".into())),
         }
     }
 
@@ -341,12 +359,7 @@ impl Run<'_> {
     }
 
     fn latency(&mut self, name: &'static str, time: Duration) {
-        let latencies = &mut self.done.latencies;
-        let at = latencies.iter().position(|(known, _)| *known == name).unwrap_or_else(|| {
-            latencies.push((name, Vec::new()));
-            latencies.len() - 1
-        });
-        latencies[at].1.push(time.as_secs_f64());
+        self.done.latency(name, [time.as_secs_f64()]);
     }
 
     fn vocab(&self) -> u32 {

@@ -1,6 +1,6 @@
 //! The instrument: how long each stage takes, and how far it is from what the hardware can do.
 //!
-//! [`plan`] says what to run, [`measure`] runs it on an [`Engine`](crate::runtime::Engine), [`ops`] runs one
+//! [`plan`] says what to run, [`measure`] runs it on an [`Engine`](crate::runtime::Engine) and [`clip`] on a CLIP by itself, [`ops`] runs one
 //! op at a time; every result is a [`report::Row`] that carries what is needed to believe it
 //! ([`environment`]). [`compare`] judges two reports, [`trace`] shows where one run's time went and
 //! [`roofline`] draws it.
@@ -12,6 +12,7 @@
 //!
 //! [`Ceilings`]: crate::backend::Ceilings
 
+pub mod clip;
 pub mod compare;
 mod drawn;
 pub mod environment;

@@ -28,7 +28,7 @@ pub fn time_ops(
     // Every node of every step that is not filling the cache beforehand; those are left out below.
     let (steps, depth) = match test {
         Test::Text { prompt, generate, depth, .. } => (prompt + generate, depth),
-        Test::Image { .. } | Test::FirstToken { .. } => (1, 0),
+        Test::Image { .. } | Test::FirstToken { .. } | Test::Caption { .. } => (1, 0),
     };
     let session = engine.session();
     let nodes =

@@ -28,13 +28,18 @@ pub enum Test {
         /// Tokens of text.
         prompt: usize,
     },
+    /// A text to the vector that a CLIP makes of it.
+    Caption {
+        /// Tokens of the text, what begins and ends it among them.
+        tokens: usize,
+    },
 }
 
 impl Test {
     /// Positions that one sequence of the test reaches, given the positions that a picture takes.
     pub fn positions(&self, image_tokens: usize) -> usize {
         match *self {
-            Test::Image { .. } => 0,
+            Test::Image { .. } | Test::Caption { .. } => 0,
             Test::Text { prompt, generate, depth, .. } => depth + prompt + generate,
             Test::FirstToken { images, prompt } => images * image_tokens + prompt,
         }
@@ -44,16 +49,22 @@ impl Test {
     pub fn batch(&self) -> usize {
         match *self {
             Test::Text { batch, .. } => batch,
-            Test::Image { .. } | Test::FirstToken { .. } => 1,
+            Test::Image { .. } | Test::FirstToken { .. } | Test::Caption { .. } => 1,
         }
+    }
+
+    /// Whether the result is embeddings, and no token is chosen.
+    pub fn embeds(&self) -> bool {
+        matches!(self, Test::Image { .. } | Test::Caption { .. })
     }
 }
 
-/// `img1`, `pp640`, `tg128 @ d640`, `pp64+tg16`, `tg128 b4`, `ttft img1+pp64`.
+/// `img1`, `pp640`, `tg128 @ d640`, `pp64+tg16`, `tg128 b4`, `ttft img1+pp64`, `txt77`.
 impl fmt::Display for Test {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match *self {
             Test::Image { images } => write!(f, "img{images}"),
+            Test::Caption { tokens } => write!(f, "txt{tokens}"),
             Test::FirstToken { images, prompt } => write!(f, "ttft img{images}+pp{prompt}"),
             Test::Text { prompt, generate, depth, batch } => {
                 match (prompt, generate) {
@@ -90,10 +101,10 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// All tests, pictures first.
+    /// All tests of a language model, pictures first.
     pub fn tests(&self) -> Vec<Test> {
         let images = || self.images.iter().copied().filter(|&images| images > 0);
-        let mut tests: Vec<_> = images().map(|images| Test::Image { images }).collect();
+        let mut tests = self.pictures();
         for &depth in &self.depths {
             for &batch in &self.batches {
                 let text = |prompt, generate| Test::Text { prompt, generate, depth, batch };
@@ -106,6 +117,21 @@ impl Plan {
             let ttft = self.first_tokens.iter().filter(|&&p| p > 0);
             tests.extend(ttft.map(|&prompt| Test::FirstToken { images, prompt }));
         }
+        tests
+    }
+
+    /// All tests of pictures alone.
+    pub fn pictures(&self) -> Vec<Test> {
+        self.images.iter().filter(|&&images| images > 0).map(|&images| Test::Image { images }).collect()
+    }
+
+    /// Prompts as texts of a CLIP that reads at most so many positions: a longer one is cut off there.
+    pub fn captions(&self, positions: usize) -> Vec<Test> {
+        let prompts = self.prompts.iter().filter(|&&p| p > 0);
+        // Not less than what begins and ends a text.
+        let mut tests: Vec<_> =
+            prompts.map(|&p| Test::Caption { tokens: p.clamp(2, positions.max(2)) }).collect();
+        tests.dedup();
         tests
     }
 }
@@ -214,6 +240,9 @@ mod tests {
         for name in ["img1", "pp640", "tg128 @ d640", "pp64+tg16 b4 @ d640", "tg128 b4", "ttft img1+pp64"] {
             assert!(names.iter().any(|n| n == name), "{name} of {names:?}");
         }
+        let captions = Plan { prompts: vec![0, 1, 16, 128, 512], ..plan }.captions(77);
+        assert_eq!(captions, [2, 16, 77].map(|tokens| Test::Caption { tokens }));
+        assert_eq!(captions[2].to_string(), "txt77");
         let ttft = Test::FirstToken { images: 2, prompt: 64 };
         assert_eq!((ttft.positions(576), ttft.batch()), (1216, 1));
     }

@@ -15,7 +15,8 @@ use serde::Serialize;
 /// Percentiles of the times of an event.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Latency {
-    /// Which event: decode, resize, vision, projector, prefill, TTFT, TPOT or ITL.
+    /// Which event: decode, resize, vision, projector, prefill, TTFT, TPOT or ITL; of a CLIP, encode is all that
+    /// follows decode.
     pub what: String,
     /// How many were timed.
     pub count: usize,
@@ -76,7 +77,7 @@ pub struct Row {
     pub n_gen: usize,
     /// Tokens cached beforehand.
     pub n_depth: usize,
-    /// Whether the result is embeddings: pictures.
+    /// Whether the result is embeddings: pictures, and texts of a CLIP.
     pub embeddings: bool,
     /// Sequences side by side.
     pub n_sequences: usize,
@@ -171,6 +172,7 @@ impl Row {
             Test::Image { images } => (0, 0, 0, images),
             Test::Text { prompt, generate, depth, .. } => (prompt, generate, depth, 0),
             Test::FirstToken { images, .. } => (measured.units, 1, 0, images),
+            Test::Caption { tokens } => (tokens, 0, 0, 0),
         };
         let doubts = doubts(percent, measured.cache_hits, subject.n_threads, &environment);
         Row {
@@ -180,7 +182,7 @@ impl Row {
             n_prompt,
             n_gen,
             n_depth,
-            embeddings: matches!(test, Test::Image { .. }),
+            embeddings: test.embeds(),
             n_sequences: test.batch(),
             n_images,
             test_time: environment::utc(began),
@@ -213,7 +215,7 @@ impl Row {
             spread: timed.then(|| stddev(seconds) / time),
             timed: Timed {
                 tokenisation: false,
-                sampling: !matches!(test, Test::Image { .. }),
+                sampling: !test.embeds(),
                 detokenisation: false,
                 image_decode: n_images > 0,
             },

@@ -1,8 +1,11 @@
 //! What is measured: a model on a device, as llama-bench names it.
 
 use super::environment;
+use crate::backend::Backend;
+use crate::graph::{Executor, Graph};
 use crate::model::checkpoint::LoadMode;
-use crate::runtime::Model;
+use crate::model::weights::Weights;
+use crate::runtime::{Clip, Model};
 use crate::tensor::DType;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
@@ -42,7 +45,7 @@ pub struct Subject {
     pub type_k: String,
     /// The dtype of cached values.
     pub type_v: String,
-    /// Layers of the language model on a GPU: all or none.
+    /// Layers of the language model on a GPU: all or none; of a CLIP none.
     pub n_gpu_layers: usize,
     /// Whether weights are mapped.
     pub use_mmap: bool,
@@ -96,33 +99,54 @@ impl Fixed {
 impl Subject {
     /// Describes a model on its device, in a session whose steps have at most `n_ubatch` rows.
     pub fn new(model: &Model, load_mode: LoadMode, n_ubatch: usize) -> Self {
-        let graphs = [Some(model.language()), model.vision().map(|vision| &vision.graph)];
-        let weights: Vec<_> =
-            graphs.into_iter().flatten().flat_map(|graph| &graph.weights).map(|weight| weight.ty).collect();
-        let params: u64 = weights.iter().map(|weight| (weight.rows * weight.cols) as u64).sum();
-        // Norms may be kept wider than the matrices; the largest weight says what the model is made of.
-        let dtype =
-            weights.iter().max_by_key(|weight| weight.bytes()).map_or(DType::F32, |weight| weight.dtype);
+        let graphs = [Some(&**model.language()), model.vision().map(|vision| &*vision.graph)];
+        let graphs: Vec<_> = graphs.into_iter().flatten().collect();
         let kind = if model.vision().is_some() { "llava" } else { "llama" };
-        let kv = model.backend().dtype().name().to_string();
-        let (threads, device) = (model.backend().threads(), model.backend().describe());
+        let named = Subject::of(model.name(), kind, &graphs, model.weights(), &**model.backend(), load_mode);
+        let layers = if named.gpu_info.is_empty() { 0 } else { model.config().text.num_layers };
+        Subject { n_gpu_layers: layers, n_ubatch, ..named }
+    }
+
+    /// Describes a CLIP on its device, whose texts have at most `n_ubatch` rows.
+    pub fn of_clip(clip: &Clip, load_mode: LoadMode) -> Self {
+        let graphs: Vec<_> = clip.towers().map(Executor::graph).collect();
+        let n_ubatch = clip.config().text.as_ref().map_or(1, |text| text.max_positions);
+        let named = Subject::of(clip.name(), "clip", &graphs, clip.weights(), &**clip.backend(), load_mode);
+        Subject { n_ubatch, ..named }
+    }
+
+    /// What `graphs` compute on `backend` with some of `weights`.
+    fn of(
+        name: &str,
+        kind: &str,
+        graphs: &[&Graph],
+        weights: &Weights,
+        backend: &dyn Backend,
+        load_mode: LoadMode,
+    ) -> Self {
+        let used: Vec<_> = graphs.iter().flat_map(|graph| &graph.weights).map(|weight| weight.ty).collect();
+        let params: u64 = used.iter().map(|weight| (weight.rows * weight.cols) as u64).sum();
+        // Norms may be kept wider than the matrices; the largest weight says what the model is made of.
+        let dtype = used.iter().max_by_key(|weight| weight.bytes()).map_or(DType::F32, |weight| weight.dtype);
+        let kv = backend.dtype().name().to_string();
+        let device = backend.describe();
         let (backends, gpu_info) = names(&device);
         Subject {
             build_commit: environment::commit().into(),
             build_number: environment::build_number(),
             cpu_info: environment::cpu(),
-            n_gpu_layers: if gpu_info.is_empty() { 0 } else { model.config().text.num_layers },
+            n_gpu_layers: 0,
             gpu_info,
             backends,
             device,
-            model_filename: model.name().into(),
+            model_filename: name.into(),
             model_type: format!("{kind} {} {}", count(params), dtype.name().to_uppercase()),
-            model_size: model.weight_bytes(),
+            model_size: graphs.iter().map(|graph| graph.weight_bytes()).sum(),
             model_n_params: params,
             weights_dtype: dtype.name().into(),
-            weights_sha256_sampled: digest(model),
-            n_ubatch,
-            n_threads: threads,
+            weights_sha256_sampled: digest(weights),
+            n_ubatch: 0,
+            n_threads: backend.threads(),
             type_k: kv.clone(),
             type_v: kv,
             use_mmap: load_mode == LoadMode::Mmap,
@@ -156,10 +180,10 @@ fn count(params: u64) -> String {
     }
 }
 
-fn digest(model: &Model) -> String {
+fn digest(weights: &Weights) -> String {
     let mut hash = Sha256::new();
-    let storages: Vec<_> = model.weights().storages().collect();
-    for tensor in model.weights().tensors() {
+    let storages: Vec<_> = weights.storages().collect();
+    for tensor in weights.tensors() {
         hash.update(format!("{} {} {:?}\n", tensor.name, tensor.dtype, tensor.shape));
         let bytes = storages.get(tensor.file).map_or(&[][..], |storage| storage.as_bytes());
         let end = (tensor.offset + tensor.bytes.min(4096)).min(bytes.len());

@@ -4,18 +4,18 @@ use super::bench_ops::Ops;
 use super::options::{ModelArgs, format_size};
 use super::startup::Startup;
 use crate::backend::Ceilings;
-use crate::bench::compare;
 use crate::bench::environment::{Watch, peak_resident};
 use crate::bench::format::{Format, write};
-use crate::bench::measure::measure;
+use crate::bench::measure::{Measured, measure};
 use crate::bench::plan::{Plan, Test, parse_list, parse_pair};
 use crate::bench::report::Row;
 use crate::bench::subject::Subject;
+use crate::bench::{clip, compare};
 use crate::error::{Error, Result};
 use crate::graph::Control;
 use crate::op::PAGE;
 use crate::runtime::kv::page_bytes;
-use crate::runtime::{Engine, LoadOptions, Model, Session, SessionOptions, Source};
+use crate::runtime::{Clip, Engine, LoadOptions, Model, Session, SessionOptions, Source};
 use clap::{Args, Subcommand};
 use serde_json::json;
 use std::ffi::OsString;
@@ -31,7 +31,8 @@ pub struct Bench {
     command: Option<BenchCommand>,
     #[command(flatten)]
     model: ModelArgs,
-    /// Lengths of prompts; lists 16,32 and ranges 128-512+128 or 1-8*2, as everywhere here
+    /// Lengths of prompts, or of a CLIP's texts, which are cut off where its positions end; lists 16,32 and ranges
+    /// 128-512+128 or 1-8*2, as everywhere here
     #[arg(short = 'p', long = "n-prompt", visible_alias = "input-len", value_name = "LIST", default_value = "512", value_parser = List::parse)]
     prompt: List,
     /// Numbers of generated tokens
@@ -195,6 +196,15 @@ impl Bench {
         picture: Option<&[u8]>,
         control: &Control,
     ) -> Result<Vec<Row>> {
+        if source.is_clip()? {
+            let mut clip = Clip::load(source, load)?;
+            clip.control = control.clone();
+            let subject = Subject::of_clip(&clip, load.load_mode);
+            let tests = fitting_clip(plan, &clip);
+            return self.rows(&subject, &tests, &mut clip, Clip::ceilings, |clip, test, repetitions| {
+                clip::measure(clip, test, repetitions, picture)
+            });
+        }
         let model = Arc::new(Model::load(source, load)?);
         let tests = fitting(plan, &model);
         let options = SessionOptions {
@@ -205,10 +215,24 @@ impl Bench {
         let mut engine = engine(model, &tests, options)?;
         engine.control = control.clone();
         let subject = Subject::new(engine.model(), load.load_mode, engine.session().prefill_chunk());
-        let model = engine.model().clone();
+        let ceilings = |engine: &Engine| engine.model().ceilings();
+        self.rows(&subject, &tests, &mut engine, ceilings, |engine, test, repetitions| {
+            measure(engine, test, repetitions, picture)
+        })
+    }
+
+    /// Runs tests on `it`, an engine or a CLIP, between measurements of what the device can do.
+    fn rows<T>(
+        &self,
+        subject: &Subject,
+        tests: &[Test],
+        it: &mut T,
+        ceilings: impl Fn(&T) -> Result<Option<Ceilings>>,
+        measure: impl Fn(&mut T, Test, (usize, usize)) -> Result<Measured>,
+    ) -> Result<Vec<Row>> {
         let mut rows = Vec::new();
-        let mut before = model.ceilings()?;
-        for test in tests {
+        let mut before = ceilings(it)?;
+        for &test in tests {
             if self.progress {
                 super::say(format_args!("{test}"));
             }
@@ -218,12 +242,12 @@ impl Bench {
                 // Where nothing is timed, once is enough to count.
                 None => (0, 1),
             };
-            let measured = measure(&mut engine, test, repetitions, picture)?;
+            let measured = measure(it, test, repetitions)?;
             // What was measured after one test was measured before the next.
-            let after = model.ceilings()?;
-            let ceilings = before.zip(after).map(|(a, b)| Ceilings::max(a, b));
+            let after = ceilings(it)?;
+            let highest = before.zip(after).map(|(a, b)| Ceilings::max(a, b));
             before = after;
-            rows.push(Row::new(&subject, test, &measured, repetitions.0, ceilings, watch.end(), began));
+            rows.push(Row::new(subject, test, &measured, repetitions.0, highest, watch.end(), began));
         }
         Ok(rows)
     }
@@ -234,6 +258,14 @@ fn fitting(plan: &Plan, model: &Model) -> Vec<Test> {
     let pictures = model.vision().is_some();
     let tests = plan.tests().into_iter();
     tests.filter(|test| pictures || matches!(test, Test::Text { .. })).collect()
+}
+
+/// The tests of a plan that a CLIP can run: pictures, and prompts as texts, as far as it has towers for them.
+fn fitting_clip(plan: &Plan, clip: &Clip) -> Vec<Test> {
+    let config = clip.config();
+    let pictures = config.vision.iter().flat_map(|_| plan.pictures());
+    let texts = config.text.iter().flat_map(|text| plan.captions(text.max_positions));
+    pictures.chain(texts).collect()
 }
 
 /// An engine with room for the largest of the tests, in other respects as `options` say.

@@ -2,6 +2,7 @@
 
 use super::dump::Dump;
 use super::options::{Load, parse_lora};
+use super::progress;
 use crate::error::Result;
 use crate::input::image::{self, DecodeOptions, Picture};
 use crate::model::checkpoint::LoadMode;
@@ -14,8 +15,8 @@ use std::path::{Path, PathBuf};
 /// Which CLIP, and how it is loaded.
 #[derive(Debug, Args)]
 struct ClipArgs {
-    /// The directory of a CLIP checkpoint
-    #[arg(long, value_name = "DIR")]
+    /// The directory of a CLIP checkpoint, or `preset:NAME` (random weights)
+    #[arg(long)]
     model: String,
     /// An adapter (peft) laid over the model, with a factor for its effect; may be given several times
     #[arg(long, value_name = "DIR[:SCALE]", value_parser = parse_lora)]
@@ -38,6 +39,7 @@ impl ClipArgs {
             threads: self.threads.map(usize::from),
             lora: self.lora.clone(),
             device: DeviceOptions { device: self.device, ..DeviceOptions::default() },
+            progress: Some(progress::making_weights()),
             ..LoadOptions::default()
         };
         Clip::load(&Source::parse(&self.model)?, &options)

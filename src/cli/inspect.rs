@@ -36,22 +36,25 @@ pub struct Inspect {
 /// `--graph`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum GraphName {
-    /// One picture: tower and projector.
+    /// One picture: tower and projector, or projection.
     Vision,
     /// The language model over a prompt.
     Prefill,
     /// The language model over one token.
     Decode,
+    /// CLIP's text tower over a text of all its positions.
+    Text,
 }
 
 impl Inspect {
     pub fn run(self) -> Result<()> {
         let (source, load) = self.model.load_options()?;
-        if source.is_clip()? {
-            return self.clip(&Clip::load(&source, &load)?);
-        }
         // Nothing is computed, so nothing is drawn or allocated: a model may be larger than the machine.
-        let model = Model::load(&source, &LoadOptions { preset_values: false, ..load })?;
+        let load = LoadOptions { preset_values: false, ..load };
+        if source.is_clip()? {
+            return self.clip(&mut Clip::load(&source, &load)?);
+        }
+        let model = Model::load(&source, &load)?;
         if self.tensors {
             return super::print(&tensor_list(model.weights()));
         }
@@ -62,14 +65,12 @@ impl Inspect {
         })
     }
 
-    /// CLIP by itself has no sessions: its card, or its tensors.
-    fn clip(&self, clip: &Clip) -> Result<()> {
-        if self.graph.is_some() {
-            return Err(Error::option("--graph", "a model that `tessera run` takes", "a CLIP"));
-        }
-        super::print(&match self.tensors {
-            true => tensor_list(clip.weights()),
-            false => clip_card(clip),
+    /// CLIP by itself has no sessions: its card, its tensors, or a tower.
+    fn clip(&self, clip: &mut Clip) -> Result<()> {
+        super::print(&match self.graph {
+            _ if self.tensors => tensor_list(clip.weights()),
+            Some(graph) => clip_listing(clip, graph)?,
+            None => clip_card(clip),
         })
     }
 
@@ -88,6 +89,9 @@ impl Inspect {
                 // Without tiles one picture; with them the largest picture, so far as its squares go together.
                 Ok(nodes(&vision.graph, plan, &plan.max, KvExtent::default()))
             }
+            GraphName::Text => {
+                Err(Error::option("--graph", "vision, prefill or decode, as this is no CLIP", "text"))
+            }
             GraphName::Prefill | GraphName::Decode => {
                 let (chunk, context) = (max.tokens, max.context);
                 let (past, tokens) = match graph {
@@ -105,6 +109,19 @@ impl Inspect {
             }
         }
     }
+}
+
+/// The nodes of a tower of a CLIP, for one picture or the longest text.
+fn clip_listing(clip: &mut Clip, graph: GraphName) -> Result<String> {
+    let tower = match graph {
+        GraphName::Vision => clip.vision_tower()?,
+        GraphName::Text => clip.text_tower(usize::MAX)?,
+        GraphName::Prefill | GraphName::Decode => {
+            let found = if graph == GraphName::Prefill { "prefill" } else { "decode" };
+            return Err(Error::option("--graph", "vision or text, as this is a CLIP", found));
+        }
+    };
+    Ok(nodes(tower.graph(), tower.plan(), &tower.plan().max, KvExtent::default()))
 }
 
 /// One line a node.

@@ -3,15 +3,16 @@
 use super::options::{Dtype, parse_size};
 use super::progress;
 use crate::error::Result;
-use crate::model::preset::Preset;
+use crate::model::preset::{PRESETS, Preset};
 use crate::model::synth::{SynthOptions, synth};
 use clap::Args;
 use std::path::PathBuf;
 
 /// Options of `tessera synth`.
 #[derive(Debug, Args)]
+#[command(after_help = presets())]
 pub struct Synth {
-    /// The dimensions, such as llava-1.5-7b or llava-tiny
+    /// The dimensions, such as llava-1.5-7b or clip-vit-l-14-336: see below
     #[arg(long, value_name = "NAME")]
     preset: String,
     /// The directory to write; made if it is not there
@@ -41,4 +42,10 @@ impl Synth {
         super::say(format_args!("wrote {} to {}", preset.name, self.out.display()));
         Ok(())
     }
+}
+
+/// The list of presets, for `--help`.
+fn presets() -> String {
+    let line = |preset: Preset| format!("\n  {:<22} {}", preset.name, preset.about);
+    format!("Presets, also for --model preset:NAME:{}", PRESETS.map(line).concat())
 }

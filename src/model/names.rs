@@ -13,7 +13,7 @@
 //!
 //! X is spelt as transformers spells it.
 
-use super::config::{ModelConfig, TextConfig, VisionConfig};
+use super::config::{ClipConfig, ClipTextConfig, ModelConfig, TextConfig, VisionConfig};
 use crate::input::image::Tiling;
 use std::fmt;
 
@@ -234,6 +234,24 @@ pub fn tensors(config: &ModelConfig) -> Vec<TensorSpec> {
     list.0
 }
 
+/// Every tensor of a CLIP by itself with this configuration, as [`tensors`]: each tower it has with its
+/// projection, and what only both together have, the scale.
+pub fn clip_tensors(config: &ClipConfig) -> Vec<TensorSpec> {
+    let mut list = List::default();
+    if let Some(vision) = &config.vision {
+        list.tower(vision);
+        list.linear("visual_projection", config.projection_dim, vision.hidden_size, false);
+    }
+    if let Some(text) = &config.text {
+        list.text_tower(text);
+        list.linear("text_projection", config.projection_dim, text.hidden_size, false);
+    }
+    if config.vision.is_some() && config.text.is_some() {
+        list.push("logit_scale", &[]);
+    }
+    list.0
+}
+
 #[derive(Default)]
 struct List(Vec<TensorSpec>);
 
@@ -260,8 +278,22 @@ impl List {
         self.push("vision.embeddings.patch_embedding.weight", &[width, config.num_channels, patch, patch]);
         self.push("vision.embeddings.position_embedding.weight", &[config.num_rows(), width]);
         self.layer_norm("vision.pre_layrnorm", width);
-        for layer in 0..config.num_layers {
-            let block = format!("vision.encoder.layers.{layer}");
+        self.blocks("vision", config.num_layers, width, ffn);
+        self.layer_norm("vision.post_layernorm", width);
+    }
+
+    fn text_tower(&mut self, config: &ClipTextConfig) {
+        let width = config.hidden_size;
+        self.push("text.embeddings.token_embedding.weight", &[config.vocab_size, width]);
+        self.push("text.embeddings.position_embedding.weight", &[config.max_positions, width]);
+        self.blocks("text", config.num_layers, width, config.intermediate_size);
+        self.layer_norm("text.final_layer_norm", width);
+    }
+
+    /// The transformer blocks of CLIP's tower `tower`.
+    fn blocks(&mut self, tower: &str, layers: usize, width: usize, ffn: usize) {
+        for layer in 0..layers {
+            let block = format!("{tower}.encoder.layers.{layer}");
             for name in ["q_proj", "k_proj", "v_proj", "out_proj"] {
                 self.linear(&format!("{block}.self_attn.{name}"), width, width, true);
             }
@@ -270,7 +302,6 @@ impl List {
             self.linear(&format!("{block}.mlp.fc2"), width, ffn, true);
             self.layer_norm(&format!("{block}.layer_norm2"), width);
         }
-        self.layer_norm("vision.post_layernorm", width);
     }
 
     fn language_model(&mut self, config: &TextConfig) {

@@ -112,13 +112,13 @@ impl Parts {
         ModelConfig::load_with_tower(&self.folder, self.tower())
     }
 
-    /// The tensors, without the adapters. A tower in the checkpoint's own files wins over the one apart: it may have
-    /// been trained.
+    /// The tensors, without the adapters: those in the folder of the language model, and what is apart from them, a
+    /// projector or a tower. A tower in the checkpoint's own files wins over the one apart: it may have been trained.
     ///
     /// # Errors
     /// As for [`Weights::open`], and [`Error::Checkpoint`] with the places if there is no tower anywhere.
-    pub fn weights(&self, mode: LoadMode) -> Result<Weights> {
-        let weights = self.with_projector(Weights::open(&self.base, mode)?, mode)?;
+    pub fn complete(&self, weights: Weights, mode: LoadMode) -> Result<Weights> {
+        let weights = self.with_projector(weights, mode)?;
         let Some(tower) = &self.tower else { return Ok(weights) };
         if weights.has_part(TOWER) {
             return Ok(weights);

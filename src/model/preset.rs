@@ -1,17 +1,16 @@
 //! Models without a checkpoint: real and small dimensions, with seeded random weights. They answer
 //! gibberish at the true speed and in the true memory.
-//!
-//! A preset uses the tokenizer of the demo model, since no other may be shipped. Its 640 tokens fit
-//! into every vocabulary here, and so the image token has its id, 4, and not 32000 as in LLaVA-1.5.
 
-use super::config::ModelConfig;
+mod files;
+
+use super::config::{ClipConfig, ModelConfig};
 use super::names::{self, Layout, TensorSpec};
 use super::random::{self, Generator, Job, Progress};
 use super::weights::{Source, TensorInfo, Weights};
 use crate::error::{Error, Result};
 use crate::tensor::{DType, Storage};
 use memmap2::{MmapMut, MmapOptions};
-use serde_json::{Map, Value, json};
+use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -22,8 +21,15 @@ pub struct Preset {
     pub name: &'static str,
     /// One line about it.
     pub about: &'static str,
-    vision: Option<Tower>,
-    text: Llama,
+    kind: Kind,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    /// A LLaMA, and before it, in a LLaVA, a tower.
+    Language { vision: Option<Tower>, text: Llama },
+    /// CLIP by itself, with the columns of the space that its towers share.
+    Clip { vision: Tower, text: Texts, projection: usize },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,62 +53,91 @@ struct Llama {
     vocab: usize,
 }
 
+/// A CLIP's text tower.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Texts {
+    width: usize,
+    ffn: usize,
+    layers: usize,
+    heads: usize,
+    vocab: usize,
+    positions: usize,
+}
+
 const VIT_L_336: Tower = Tower { width: 1024, ffn: 4096, layers: 24, heads: 16, image: 336, tiles: false };
+const VIT_L_TEXTS: Texts =
+    Texts { width: 768, ffn: 3072, layers: 12, heads: 12, vocab: 49408, positions: 77 };
 const VICUNA_7B: Llama = Llama { width: 4096, ffn: 11008, layers: 32, heads: 32, kv_heads: 32, vocab: 32064 };
 const VICUNA_13B: Llama =
     Llama { width: 5120, ffn: 13824, layers: 40, heads: 40, kv_heads: 40, vocab: 32064 };
 const TINY_TOWER: Tower = Tower { width: 128, ffn: 256, layers: 2, heads: 2, image: 112, tiles: false };
+const TINY_TEXTS: Texts = Texts { width: 128, ffn: 256, layers: 2, heads: 2, vocab: 640, positions: 77 };
 const TINY_LLAMA: Llama = Llama { width: 256, ffn: 512, layers: 2, heads: 2, kv_heads: 2, vocab: 640 };
 
+const fn llava(vision: Tower, text: Llama) -> Kind {
+    Kind::Language { vision: Some(vision), text }
+}
+
+const fn llama(text: Llama) -> Kind {
+    Kind::Language { vision: None, text }
+}
+
 /// Every preset.
-pub const PRESETS: [Preset; 8] = [
+pub const PRESETS: [Preset; 11] = [
     Preset {
         name: "llava-1.5-7b",
         about: "LLaVA-1.5-7B: ViT-L/14-336 and Vicuna-7B, 14.1 GB in 16 bits",
-        vision: Some(VIT_L_336),
-        text: VICUNA_7B,
+        kind: llava(VIT_L_336, VICUNA_7B),
     },
     Preset {
         name: "llava-1.5-13b",
         about: "LLaVA-1.5-13B: ViT-L/14-336 and Vicuna-13B, 26.7 GB in 16 bits",
-        vision: Some(VIT_L_336),
-        text: VICUNA_13B,
+        kind: llava(VIT_L_336, VICUNA_13B),
     },
     Preset {
         name: "llava-1.6-7b",
         about: "LLaVA-1.6 (NeXT) with Vicuna-7B: pictures in up to 4 tiles and the whole, 14.1 GB in 16 bits",
-        vision: Some(Tower { tiles: true, ..VIT_L_336 }),
-        text: VICUNA_7B,
+        kind: llava(Tower { tiles: true, ..VIT_L_336 }, VICUNA_7B),
     },
     Preset {
         name: "vicuna-7b",
         about: "Vicuna-7B, text only, 13.5 GB in 16 bits",
-        vision: None,
-        text: Llama { vocab: 32000, ..VICUNA_7B },
+        kind: llama(Llama { vocab: 32000, ..VICUNA_7B }),
+    },
+    Preset {
+        name: "clip-vit-l-14-336",
+        about: "CLIP ViT-L/14 for pictures of 336 pixels, both towers, 0.86 GB in 16 bits",
+        kind: Kind::Clip { vision: VIT_L_336, text: VIT_L_TEXTS, projection: 768 },
+    },
+    Preset {
+        name: "clip-vit-l-14",
+        about: "the same for pictures of 224 pixels",
+        kind: Kind::Clip { vision: Tower { image: 224, ..VIT_L_336 }, text: VIT_L_TEXTS, projection: 768 },
     },
     Preset {
         name: "llava-1.5-7b-4-layers",
         about: "the widths of LLaVA-1.5-7B with 4 layers in tower and model, 2.3 GB in 16 bits",
-        vision: Some(Tower { layers: 4, ..VIT_L_336 }),
-        text: Llama { layers: 4, ..VICUNA_7B },
+        kind: llava(Tower { layers: 4, ..VIT_L_336 }, Llama { layers: 4, ..VICUNA_7B }),
     },
     Preset {
         name: "llava-tiny",
         about: "2 layers with the head sizes of LLaVA-1.5, 64 image tokens, 4 MB in 16 bits",
-        vision: Some(TINY_TOWER),
-        text: TINY_LLAMA,
+        kind: llava(TINY_TOWER, TINY_LLAMA),
     },
     Preset {
         name: "llava-next-tiny",
         about: "the same with up to 4 tiles and the whole, 336 image tokens at most",
-        vision: Some(Tower { tiles: true, ..TINY_TOWER }),
-        text: TINY_LLAMA,
+        kind: llava(Tower { tiles: true, ..TINY_TOWER }, TINY_LLAMA),
     },
     Preset {
         name: "llama-tiny",
         about: "2 layers of grouped-query attention, text only, 3 MB in 16 bits",
-        vision: None,
-        text: Llama { width: 256, ffn: 512, layers: 2, heads: 4, kv_heads: 2, vocab: 640 },
+        kind: llama(Llama { heads: 4, ..TINY_LLAMA }),
+    },
+    Preset {
+        name: "clip-tiny",
+        about: "2 layers in each tower with the head sizes of ViT-L/14, 1 MB in 16 bits",
+        kind: Kind::Clip { vision: TINY_TOWER, text: TINY_TEXTS, projection: 64 },
     },
 ];
 
@@ -115,92 +150,61 @@ impl Preset {
         })
     }
 
-    /// Its `config.json`, in the spelling of the files on the Hub.
-    pub fn config_json(&self, dtype: DType) -> Map<String, Value> {
-        let text = self.text;
-        let dtype = match dtype {
-            DType::F16 => "float16",
-            DType::BF16 => "bfloat16",
-            DType::F32 | DType::I32 => "float32",
-        };
-        let llama = json!({
-            "model_type": "llama",
-            "architectures": ["LlamaForCausalLM"],
-            "hidden_size": text.width,
-            "intermediate_size": text.ffn,
-            "num_hidden_layers": text.layers,
-            "num_attention_heads": text.heads,
-            "num_key_value_heads": text.kv_heads,
-            "vocab_size": text.vocab,
-            "max_position_embeddings": 4096,
-            "rms_norm_eps": 1e-5,
-            "tie_word_embeddings": false,
-            "torch_dtype": dtype,
-        });
-        let mut config = match self.vision {
-            None => llama,
-            Some(tower) => json!({
-                "model_type": "llava",
-                "architectures": ["LlavaForConditionalGeneration"],
-                "image_token_index": 4,
-                "pad_token_id": 3,
-                "projector_hidden_act": "gelu",
-                "vision_feature_layer": -2,
-                "vision_feature_select_strategy": "default",
-                "tie_word_embeddings": false,
-                "torch_dtype": dtype,
-                "text_config": llama,
-                "vision_config": {
-                    "model_type": "clip_vision_model",
-                    "hidden_size": tower.width,
-                    "intermediate_size": tower.ffn,
-                    "num_hidden_layers": tower.layers,
-                    "num_attention_heads": tower.heads,
-                    "image_size": tower.image,
-                    "patch_size": 14,
-                },
-            }),
-        };
-        if let Some(pinpoints) = self.pinpoints() {
-            config["model_type"] = "llava_next".into();
-            config["architectures"] = json!(["LlavaNextForConditionalGeneration"]);
-            config["image_grid_pinpoints"] = json!(pinpoints);
-        }
-        match config {
-            Value::Object(map) => map,
-            _ => unreachable!("both arms are objects"),
-        }
-    }
-
-    /// LLaVA-1.6's canvases, (height, width) in pixels, for a tower that sees tiles.
-    pub fn pinpoints(&self) -> Option<[[usize; 2]; 5]> {
-        let side = self.vision.filter(|tower| tower.tiles)?.image;
-        Some([[1, 2], [2, 1], [2, 2], [3, 1], [1, 3]].map(|tiles| tiles.map(|tiles| tiles * side)))
+    /// Whether it is a CLIP by itself.
+    pub fn is_clip(&self) -> bool {
+        matches!(self.kind, Kind::Clip { .. })
     }
 
     /// Its configuration.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a CLIP.
     pub fn config(&self, dtype: DType) -> Result<ModelConfig> {
-        ModelConfig::from_json(&self.config_json(dtype), &self.origin())
+        ModelConfig::load(&self.folder(dtype))
+    }
+
+    /// The configuration of a CLIP.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a language model.
+    pub fn clip_config(&self, dtype: DType) -> Result<ClipConfig> {
+        ClipConfig::load(&self.folder(dtype))
+    }
+
+    /// All its tensors, in the order in which they are stored.
+    ///
+    /// # Errors
+    /// None, unless a preset contradicts itself.
+    pub fn tensors(&self) -> Result<Vec<TensorSpec>> {
+        // Whatever the dtype: shapes do not depend on it.
+        Ok(match self.kind {
+            Kind::Language { .. } => names::tensors(&self.config(DType::F16)?),
+            Kind::Clip { .. } => names::clip_tensors(&self.clip_config(DType::F16)?),
+        })
     }
 
     /// Bytes of all its weights.
+    ///
+    /// # Errors
+    /// As for [`tensors`](Preset::tensors).
     pub fn bytes(&self, dtype: DType) -> Result<u64> {
-        Ok(names::tensors(&self.config(dtype)?)
-            .iter()
-            .map(|spec| (spec.elements() * dtype.size()) as u64)
-            .sum())
+        Ok(self.tensors()?.iter().map(|spec| (spec.elements() * dtype.size()) as u64).sum())
     }
 
     /// The layout that its tensor names are spelt in.
     pub fn layout(&self) -> Layout {
-        if self.vision.is_some() { Layout::Hub } else { Layout::Llama }
+        match self.kind {
+            Kind::Language { vision: Some(_), .. } => Layout::Hub,
+            Kind::Language { vision: None, .. } => Layout::Llama,
+            Kind::Clip { .. } => Layout::Clip,
+        }
     }
 
     /// Random weights on anonymous pages, one tensor after the other. `progress` is told of the bytes
     /// made so far. The pages are not reserved: that [`Preset::bytes`] fit in memory is for the caller
     /// to see to.
     pub fn weights(&self, dtype: DType, seed: u64, threads: usize, progress: Progress) -> Result<Weights> {
-        let (specs, tensors) = self.tensors(dtype)?;
+        let (specs, tensors) = self.table(dtype)?;
         let mut map = self.pages(&tensors)?;
         let mut rest = &mut map[..];
         let jobs = specs.iter().zip(&tensors).map(|(spec, tensor)| {
@@ -215,13 +219,13 @@ impl Preset {
     /// The same tensors, all zero, on pages that nobody has written and that so take no memory: enough to
     /// plan with a model that is larger than the machine.
     pub fn blank_weights(&self, dtype: DType) -> Result<Weights> {
-        let (_, tensors) = self.tensors(dtype)?;
+        let (_, tensors) = self.table(dtype)?;
         self.over(self.pages(&tensors)?, tensors)
     }
 
     /// What tensors there are, and where each lies.
-    fn tensors(&self, dtype: DType) -> Result<(Vec<TensorSpec>, Vec<TensorInfo>)> {
-        let specs = names::tensors(&self.config(dtype)?);
+    fn table(&self, dtype: DType) -> Result<(Vec<TensorSpec>, Vec<TensorInfo>)> {
+        let specs = self.tensors()?;
         let mut end = 0;
         let info = |spec: &TensorSpec| {
             let (offset, bytes) = (end, spec.elements() * dtype.size());
@@ -254,6 +258,13 @@ impl Preset {
 
     /// What errors call it in place of a file.
     fn origin(&self) -> PathBuf {
-        PathBuf::from(format!("preset:{}", self.name))
+        PathBuf::from(self.to_string())
+    }
+}
+
+/// `preset:` and its name, as the command line has it.
+impl fmt::Display for Preset {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "preset:{}", self.name)
     }
 }

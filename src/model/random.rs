@@ -33,14 +33,14 @@ impl Generator {
     /// variance 1 keep it; the head 9 times that, so that logits spread like a trained model's (std 3).
     pub fn new(spec: &TensorSpec, dtype: DType, seed: u64) -> Self {
         let name = spec.name.as_str();
-        let fan_in: usize = spec.shape[1..].iter().product();
+        let fan_in: usize = spec.shape.iter().skip(1).product();
+        let embeds = ["embed_tokens.weight", "token_embedding.weight", "position_embedding.weight"];
         let (center, std) = match spec.shape.len() {
+            0 => (2.6592, 0.0), // CLIP's logit_scale, where its training begins
             1 if name.ends_with(".weight") => (1.0, 0.1), // every norm
             1 if name.ends_with(".bias") => (0.0, 0.02),
             _ if name.ends_with("class_embedding") || name == "image_newline" => (0.0, 1.0),
-            _ if name.ends_with("embed_tokens.weight") || name.ends_with("position_embedding.weight") => {
-                (0.0, 1.0)
-            }
+            _ if embeds.iter().any(|end| name.ends_with(end)) => (0.0, 1.0),
             _ if name == "lm.head.weight" => (0.0, 3.0 / (fan_in as f32).sqrt()),
             _ => (0.0, 1.0 / (fan_in as f32).sqrt()),
         };

@@ -1,7 +1,7 @@
 //! A preset as a checkpoint directory, for other runtimes to be measured with the very same bytes. The
 //! weights are made block by block on their way to the disk, never held together.
 
-use super::names::{self, TensorSpec};
+use super::names::TensorSpec;
 use super::preset::Preset;
 use super::random::{self, Generator, Job, Progress};
 use super::weights::TensorInfo;
@@ -25,14 +25,6 @@ pub struct SynthOptions {
     pub threads: usize,
 }
 
-/// The tokenizer of the demo model serves every preset; see [`super::preset`].
-const TOKENIZER_FILES: [(&str, &[u8]); 4] = [
-    ("tokenizer.json", include_bytes!("../../assets/demo/tokenizer.json")),
-    ("tokenizer_config.json", include_bytes!("../../assets/demo/tokenizer_config.json")),
-    ("special_tokens_map.json", include_bytes!("../../assets/demo/special_tokens_map.json")),
-    ("chat_template.jinja", include_bytes!("../../assets/demo/chat_template.jinja")),
-];
-
 /// Writes `preset` to `dir`, which must be new or empty. `progress` is told of the tensor bytes
 /// written so far.
 pub fn synth(preset: &Preset, dir: &Path, options: SynthOptions, progress: Progress) -> Result<()> {
@@ -40,8 +32,7 @@ pub fn synth(preset: &Preset, dir: &Path, options: SynthOptions, progress: Progr
     if fs::read_dir(dir).map_err(|source| Error::io(dir, source))?.next().is_some() {
         return Err(Error::checkpoint(dir, "is not empty; name a new directory"));
     }
-    let config = preset.config(options.dtype)?;
-    let specs = names::tensors(&config);
+    let specs = preset.tensors()?;
     let shards = split(&specs, options);
     let mut weight_map = Map::new();
     let mut done = 0;
@@ -59,23 +50,9 @@ pub fn synth(preset: &Preset, dir: &Path, options: SynthOptions, progress: Progr
     }
     if shards.len() > 1 {
         let index = json!({ "metadata": { "total_size": done }, "weight_map": weight_map });
-        write_json(dir, "model.safetensors.index.json", &index)?;
+        write(dir, "model.safetensors.index.json", format!("{index:#}\n").as_bytes())?;
     }
-    write_json(dir, "config.json", &Value::Object(preset.config_json(options.dtype)))?;
-    let ends = json!({ "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3 });
-    write_json(dir, "generation_config.json", &ends)?;
-    if let Some(vision) = &config.vision {
-        write_json(dir, "preprocessor_config.json", &preprocessor(preset, vision.image_size))?;
-        let processor = json!({
-            "processor_class": family(preset, "Processor"),
-            "image_token": "<image>",
-            "num_additional_image_tokens": 1,
-            "patch_size": vision.patch_size,
-            "vision_feature_select_strategy": "default",
-        });
-        write_json(dir, "processor_config.json", &processor)?;
-    }
-    TOKENIZER_FILES.iter().try_for_each(|(name, bytes)| write(dir, name, bytes))
+    preset.files(options.dtype).iter().try_for_each(|(name, bytes)| write(dir, name, bytes))
 }
 
 /// Cuts the tensors, in order, into runs of at most `shard_bytes`.
@@ -146,41 +123,6 @@ fn header(preset: &Preset, specs: &[TensorSpec], dtype: DType) -> Vec<u8> {
     let mut json = Value::Object(map).to_string().into_bytes();
     json.resize(json.len().next_multiple_of(8), b' ');
     [&(json.len() as u64).to_le_bytes()[..], &json].concat()
-}
-
-/// CLIP's preprocessing for pictures of `size` pixels.
-/// The name of a class of transformers for the preset's family.
-fn family(preset: &Preset, class: &str) -> String {
-    let family = if preset.pinpoints().is_some() { "LlavaNext" } else { "Llava" };
-    format!("{family}{class}")
-}
-
-fn preprocessor(preset: &Preset, size: usize) -> Value {
-    let mut json = json!({
-        "image_processor_type": "CLIPImageProcessor",
-        "processor_class": family(preset, "Processor"),
-        "do_convert_rgb": true,
-        "do_resize": true,
-        "size": { "shortest_edge": size },
-        "resample": 3,
-        "do_center_crop": true,
-        "crop_size": { "height": size, "width": size },
-        "do_rescale": true,
-        "rescale_factor": 1.0 / 255.0,
-        "do_normalize": true,
-        "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_std": [0.26862954, 0.26130258, 0.27577711],
-    });
-    if let Some(pinpoints) = preset.pinpoints() {
-        json["image_processor_type"] = family(preset, "ImageProcessor").into();
-        json["image_grid_pinpoints"] = json!(pinpoints);
-        json["do_pad"] = true.into();
-    }
-    json
-}
-
-fn write_json(dir: &Path, name: &str, value: &Value) -> Result<()> {
-    write(dir, name, format!("{value:#}\n").as_bytes())
 }
 
 fn write(dir: &Path, name: &str, bytes: &[u8]) -> Result<()> {

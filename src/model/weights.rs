@@ -233,6 +233,12 @@ impl Weights {
         self.sources.iter().map(|source| &source.storage)
     }
 
+    /// The bytes of the largest of them.
+    pub fn largest(&self) -> &[u8] {
+        let bytes = self.sources.iter().map(|source| source.storage.as_bytes());
+        bytes.max_by_key(|bytes| bytes.len()).unwrap_or_default()
+    }
+
     /// Bytes of all tensors together.
     pub fn bytes(&self) -> u64 {
         self.tensors.iter().map(|tensor| tensor.bytes as u64).sum()

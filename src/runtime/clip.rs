@@ -19,7 +19,7 @@
 use super::model::{LoadOptions, Source};
 use super::pictures::processor_in;
 use super::session::non_finite;
-use crate::backend::Backend;
+use crate::backend::{Backend, Ceilings};
 use crate::error::{Error, Result};
 use crate::graph::{Control, Executor, Graph, GraphBuilder, Plan};
 use crate::input::image::{DecodeOptions, Picture, Preprocess, decode};
@@ -27,7 +27,7 @@ use crate::input::prompt::{ClipTokenizer, ClipTokens};
 use crate::model::clip::{self, Encoder};
 use crate::model::config::{ClipConfig, Pooling};
 use crate::model::weights::Weights;
-use crate::tensor::{Bindings, DType};
+use crate::tensor::Bindings;
 use std::sync::Arc;
 
 /// A CLIP, ready to run: a vision tower, a text tower, or both.
@@ -61,22 +61,26 @@ struct Tower {
 /// What a row becomes does not depend on the length it was run at.
 struct Texts {
     tokenizer: ClipTokenizer,
-    /// In the order in which they were wanted, with the rows of a text.
+    /// In the order in which they were wanted, the longest first, with the rows of a text.
     towers: Vec<(usize, Tower)>,
 }
 
-/// Lengths of the text tower are multiples of this.
-const TEXT_ROWS: usize = 16;
+/// The rows that a text of so many ids is run at: few lengths, of which all positions are one.
+fn text_rows(ids: usize, positions: usize) -> usize {
+    const MULTIPLE: usize = 16;
+    ids.clamp(1, positions).next_multiple_of(MULTIPLE).min(positions)
+}
 
 impl Clip {
     /// Loads a CLIP: `CLIPModel`, or one tower as `CLIPVisionModelWithProjection` or
-    /// `CLIPTextModelWithProjection` is saved. Of the options, those about threads, files and adapters count.
+    /// `CLIPTextModelWithProjection` is saved. Of the options, those about
+    /// threads, files, presets and adapters count.
     ///
     /// # Errors
     /// Whatever is wrong with the files, named; [`Error::Config`] for a model of another family.
     pub fn load(source: &Source, options: &LoadOptions) -> Result<Self> {
-        // CLIPs are published in f32.
-        Clip::load_on(options.device.open(options.threads, || Ok(Some(DType::F32)))?, source, options)
+        let stored = || Ok(ClipConfig::load(&source.folder(options)?)?.dtype);
+        Clip::load_on(options.device.open(options.threads, stored)?, source, options)
     }
 
     /// Loads a CLIP onto a device.
@@ -84,12 +88,9 @@ impl Clip {
     /// # Errors
     /// As for [`load`](Clip::load).
     pub fn load_on(backend: Arc<dyn Backend>, source: &Source, options: &LoadOptions) -> Result<Self> {
-        if let Source::Preset(_) = source {
-            return Err(Error::option("--model", "the directory of a CLIP: no preset is one", source));
-        }
-        let folder = source.existing_folder()?;
+        let folder = source.folder(options)?;
         let config = ClipConfig::load(&folder)?;
-        let mut weights = Weights::open(&folder, options.load_mode)?;
+        let mut weights = source.weights(&folder, options)?;
         weights.adapt_all(&options.lora, options.load_mode)?;
         let vision = match &config.vision {
             None => None,
@@ -144,6 +145,38 @@ impl Clip {
         &self.backend
     }
 
+    /// The vision tower and its projection.
+    ///
+    /// # Errors
+    /// [`Error::Prompt`] if the model has none.
+    pub fn vision_tower(&self) -> Result<&Executor> {
+        let (_, tower) = self.vision.as_ref().ok_or_else(|| no_vision_tower(&self.name))?;
+        Ok(&tower.executor)
+    }
+
+    /// The text tower and its projection over texts of `tokens` ids, or of all positions if there are fewer. It is
+    /// built when it is first asked for.
+    ///
+    /// # Errors
+    /// [`Error::Prompt`] if the model has none; [`Error::Memory`].
+    pub fn text_tower(&mut self, tokens: usize) -> Result<&Executor> {
+        Ok(&self.text_tower_mut(tokens)?.executor)
+    }
+
+    /// The towers that there are, that of texts over all its positions.
+    pub fn towers(&self) -> impl Iterator<Item = &Executor> {
+        let texts = self.text.iter().flat_map(|texts| &texts.towers).take(1);
+        self.vision.iter().map(|(_, tower)| tower).chain(texts.map(|(_, tower)| tower)).map(|t| &t.executor)
+    }
+
+    /// What the device can do at most, on this model's own weights; see [`Backend::ceilings`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn ceilings(&self) -> Result<Option<Ceilings>> {
+        self.backend.ceilings(self.weights.largest())
+    }
+
     /// Decodes a picture and encodes it. `name` is for messages only.
     ///
     /// # Errors
@@ -158,9 +191,7 @@ impl Clip {
     /// # Errors
     /// As for [`image`](Clip::image).
     pub fn picture(&mut self, picture: &Picture) -> Result<Embedding> {
-        let Some((preprocess, tower)) = &mut self.vision else {
-            return Err(Error::Prompt(format!("{} has no vision tower; it takes texts only", self.name)));
-        };
+        let Some((preprocess, tower)) = &mut self.vision else { return Err(no_vision_tower(&self.name)) };
         let pixels = preprocess.pixels(picture)?;
         tower.executor.write(tower.ends.input, &pixels)?;
         // The class row stands first.
@@ -172,7 +203,7 @@ impl Clip {
     /// # Errors
     /// [`Error::Tokenizer`]; [`Error::Prompt`] if the model has no text tower.
     pub fn tokens(&self, text: &str) -> Result<ClipTokens> {
-        let texts = self.text.as_ref().ok_or_else(|| self.no_text_tower())?;
+        let texts = self.text.as_ref().ok_or_else(|| no_text_tower(&self.name))?;
         texts.tokenizer.encode(text)
     }
 
@@ -190,9 +221,7 @@ impl Clip {
     /// As for [`text`](Clip::text); [`Error::Prompt`] for ids that the tower has no rows for, too many, or none
     /// that ends a text.
     pub fn ids(&mut self, ids: &[u32]) -> Result<Embedding> {
-        let (Some(texts), Some(config)) = (&mut self.text, &self.config.text) else {
-            return Err(self.no_text_tower());
-        };
+        let Some(config) = &self.config.text else { return Err(no_text_tower(&self.name)) };
         let (vocab, positions) = (config.vocab_size, config.max_positions);
         if ids.len() > positions || ids.iter().any(|&id| id as usize >= vocab) {
             let count = ids.len();
@@ -203,13 +232,21 @@ impl Clip {
         let Some(pooled) = config.pooling.row(ids) else {
             return Err(Error::Prompt("a text without its end token".into()));
         };
-        let rows = ids.len().next_multiple_of(TEXT_ROWS).min(positions);
-        let tower = texts.tower(&self.backend, &self.config, &self.weights, rows)?;
         // What stands behind the end is not seen by what stands before.
-        let mut padded = vec![0i32; rows];
+        let mut padded = vec![0i32; text_rows(ids.len(), positions)];
         padded.iter_mut().zip(ids).for_each(|(to, &id)| *to = id as i32);
+        let control = self.control.clone();
+        let tower = self.text_tower_mut(ids.len())?;
         tower.executor.write(tower.ends.input, &padded)?;
-        tower.run(pooled, &self.control)
+        tower.run(pooled, &control)
+    }
+
+    fn text_tower_mut(&mut self, tokens: usize) -> Result<&mut Tower> {
+        let (Some(texts), Some(config)) = (&mut self.text, &self.config.text) else {
+            return Err(no_text_tower(&self.name));
+        };
+        let rows = text_rows(tokens, config.max_positions);
+        texts.tower(&self.backend, &self.config, &self.weights, rows)
     }
 
     /// How well each text describes a picture: cosines times the model's learnt scale, the logits whose
@@ -239,10 +276,16 @@ impl Clip {
         })?;
         Ok(weight.dtype.widen(weight.bytes.as_bytes())[0])
     }
+}
 
-    fn no_text_tower(&self) -> Error {
-        Error::Prompt(format!("{} has no text tower; it takes pictures only", self.name))
-    }
+/// What a model without a vision tower says.
+fn no_vision_tower(model: &str) -> Error {
+    Error::Prompt(format!("{model} has no vision tower; it takes texts only"))
+}
+
+/// What a model without a text tower says.
+fn no_text_tower(model: &str) -> Error {
+    Error::Prompt(format!("{model} has no text tower; it takes pictures only"))
 }
 
 impl Texts {

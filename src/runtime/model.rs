@@ -52,29 +52,24 @@ const DEMO: Folder = Folder::BuiltIn {
 };
 
 impl Source {
-    /// Where its files are. A preset has a tokenizer at least: that of the demo model.
-    pub fn folder(&self) -> Folder {
+    /// Where its files are, those of a preset but for the weights; an error for a directory that is not there:
+    /// most likely a name misspelt.
+    pub(super) fn folder(&self, options: &LoadOptions) -> Result<Folder> {
         match self {
-            Source::Demo | Source::Preset(_) => DEMO,
-            Source::Directory(dir) => Folder::Directory(dir.clone()),
-        }
-    }
-
-    /// The same, or an error for a directory that is not there: most likely a name misspelt.
-    pub(super) fn existing_folder(&self) -> Result<Folder> {
-        match self {
+            Source::Demo => Ok(DEMO),
+            Source::Preset(preset) => Ok(preset.folder(options.preset_dtype)),
             Source::Directory(dir) if !dir.is_dir() => Err(Error::checkpoint(
                 dir,
                 "is not a directory; a model is `demo`, `preset:NAME` or a checkpoint directory",
             )),
-            source => Ok(source.folder()),
+            Source::Directory(dir) => Ok(dir.into()),
         }
     }
 
     /// The folders of the model, and its adapters.
     pub(super) fn parts(&self, options: &LoadOptions) -> Result<Parts> {
         let base = options.base.as_deref();
-        Parts::find(&self.existing_folder()?, base, &options.lora, &options.tower)
+        Parts::find(&self.folder(options)?, base, &options.lora, &options.tower)
     }
 
     /// Whether this is a CLIP by itself, as far as its `config.json` says: a model for
@@ -84,12 +79,22 @@ impl Source {
     /// A `config.json` that is missing or malformed.
     pub fn is_clip(&self) -> Result<bool> {
         match self {
-            Source::Demo | Source::Preset(_) => Ok(false),
+            Source::Demo => Ok(false),
+            Source::Preset(preset) => Ok(preset.is_clip()),
             // An adapter has no configuration of its own but LLaVA's.
             Source::Directory(dir) if dir.join("adapter_config.json").is_file() => Ok(false),
             Source::Directory(_) => {
-                Ok(ClipConfig::is_clip(&json::read_object(&self.existing_folder()?, "config.json")?))
+                let folder = self.folder(&LoadOptions::default())?;
+                Ok(ClipConfig::is_clip(&json::read_object(&folder, "config.json")?))
             }
+        }
+    }
+
+    /// The weights in `folder`, or those that a preset makes.
+    pub(super) fn weights(&self, folder: &Folder, options: &LoadOptions) -> Result<Weights> {
+        match self {
+            Source::Preset(preset) => preset_weights(preset, options),
+            Source::Demo | Source::Directory(_) => Weights::open(folder, options.load_mode),
         }
     }
 
@@ -111,7 +116,7 @@ impl fmt::Display for Source {
         match self {
             Source::Demo => f.write_str("demo"),
             Source::Directory(dir) => write!(f, "{}", dir.display()),
-            Source::Preset(preset) => write!(f, "preset:{}", preset.name),
+            Source::Preset(preset) => preset.fmt(f),
         }
     }
 }
@@ -204,7 +209,7 @@ impl Model {
     /// # Errors
     /// Whatever is wrong with the files or the options, named.
     pub fn load(source: &Source, options: &LoadOptions) -> Result<Self> {
-        let backend = options.device.open(options.threads, || stored_dtype(source, options))?;
+        let backend = options.device.open(options.threads, || Ok(source.parts(options)?.config()?.dtype))?;
         Model::load_on(backend, source, options)
     }
 
@@ -214,26 +219,16 @@ impl Model {
     /// As for [`load`](Model::load).
     pub fn load_on(backend: Arc<dyn Backend>, source: &Source, options: &LoadOptions) -> Result<Self> {
         let parts = source.parts(options)?;
-        let (config, mut generation, mut weights) = match source {
-            Source::Preset(preset) => {
-                let config = preset.config(options.preset_dtype)?;
-                let eos_token_ids = config.text.eos_token_ids.clone();
-                let generation = GenerationConfig { eos_token_ids, ..Default::default() };
-                (config, generation, preset_weights(preset, options)?)
-            }
-            Source::Demo | Source::Directory(_) => {
-                let config = parts.config()?;
-                let generation = GenerationConfig::load(parts.base(), &config.text)?;
-                (config, generation, parts.weights(options.load_mode)?)
-            }
-        };
+        let config = parts.config()?;
+        let mut generation = GenerationConfig::load(parts.base(), &config.text)?;
+        let mut weights = parts.complete(source.weights(parts.base(), options)?, options.load_mode)?;
         let tower = parts.tower().filter(|folder| weights.comes_from("vision.", folder)).cloned();
         weights.adapt_all(parts.adapters(), options.load_mode)?;
         check_fit(&*backend, source, &weights)?;
-        let (config, rules) = pictures::settle(source, &parts, config, options)?;
+        let (config, rules) = pictures::settle(&parts, config, options)?;
         let vision = llava::vision(&*backend, &config, &weights)?;
         let language = llava::language(&*backend, &config, &weights)?;
-        let preprocess = pictures::preprocess(source, &parts, &config, &rules, options.image_mode)?;
+        let preprocess = pictures::preprocess(&parts, &config, &rules, options.image_mode)?;
         let prompter = prompter_of(&parts, &config, &rules, options)?;
         if let Some(stop) = prompter.stop_token().filter(|stop| !generation.eos_token_ids.contains(stop)) {
             generation.eos_token_ids.push(stop);
@@ -322,9 +317,7 @@ impl Model {
     /// # Errors
     /// As there.
     pub fn ceilings(&self) -> Result<Option<Ceilings>> {
-        let largest =
-            self.weights.storages().map(|storage| storage.as_bytes()).max_by_key(|bytes| bytes.len());
-        self.backend.ceilings(largest.unwrap_or_default())
+        self.backend.ceilings(self.weights.largest())
     }
 
     /// The device.
@@ -358,7 +351,7 @@ fn preset_weights(preset: &Preset, options: &LoadOptions) -> Result<Weights> {
     let available = usable_memory();
     if available > 0 && total > available {
         return Err(Error::Memory {
-            what: format!("the weights of preset:{}", preset.name),
+            what: format!("the weights of {preset}"),
             needed: total,
             available,
             remedy: "; `tessera inspect` describes it without making it".into(),
@@ -394,14 +387,6 @@ fn prompter_of(
         Some(template) => prompter.with_template(ChatTemplate::named(template, folder)?),
         None => prompter,
     })
-}
-
-/// The dtype that a model's weights are in, as far as it says.
-fn stored_dtype(source: &Source, options: &LoadOptions) -> Result<Option<DType>> {
-    match source {
-        Source::Preset(_) => Ok(Some(options.preset_dtype)),
-        Source::Demo | Source::Directory(_) => Ok(source.parts(options)?.config()?.dtype),
-    }
 }
 
 /// Refuses weights that will not fit before the first of them is copied.

@@ -14,7 +14,6 @@ use crate::input::image::{DecodeOptions, ImageMode, Preprocess};
 use crate::model::config::{ModelConfig, Reference, check_processor, check_processor_tiling};
 use crate::model::json::{self, Section};
 use crate::model::parts::Parts;
-use crate::tensor::DType;
 use serde_json::{Map, Value};
 use std::path::PathBuf;
 
@@ -28,24 +27,19 @@ pub fn load_preprocess(
     options: &LoadOptions,
 ) -> Result<(DecodeOptions, Preprocess, ModelConfig)> {
     let parts = source.parts(options)?;
-    let config = match source {
-        Source::Preset(preset) => preset.config(DType::F16)?,
-        Source::Demo | Source::Directory(_) => parts.config()?,
-    };
-    let (config, rules) = settle(source, &parts, config, options)?;
-    let processor = preprocess(source, &parts, &config, &rules, options.image_mode)?
+    let (config, rules) = settle(&parts, parts.config()?, options)?;
+    let processor = preprocess(&parts, &config, &rules, options.image_mode)?
         .ok_or_else(|| Error::Prompt(format!("{source} is a text model; it takes no pictures")))?;
     Ok((rules.decode_options(), processor, config))
 }
 
 /// The rules that hold for a model, and its configuration under them, which the processor's files must not contradict.
 pub(super) fn settle(
-    source: &Source,
     parts: &Parts,
     mut config: ModelConfig,
     options: &LoadOptions,
 ) -> Result<(ModelConfig, Rules)> {
-    if config.reference == Reference::Transformers && !matches!(source, Source::Preset(_)) {
+    if config.reference == Reference::Transformers {
         check(parts.folder(), &config)?;
     }
     let rules = Rules::of(&config, options.reference);
@@ -58,19 +52,14 @@ pub(super) fn settle(
 /// # Errors
 /// A configuration that cannot be used, or one whose pixels would not fit the tower.
 pub(super) fn preprocess(
-    source: &Source,
     parts: &Parts,
     config: &ModelConfig,
     rules: &Rules,
     mode: Option<ImageMode>,
 ) -> Result<Option<Preprocess>> {
     let Some(vision) = &config.vision else { return Ok(None) };
-    let mut processor = match source {
-        Source::Preset(_) => Preprocess::clip(vision.image_size),
-        Source::Demo | Source::Directory(_) => {
-            processor_in(parts.tower().into_iter().chain([parts.folder()]), vision.image_size)?
-        }
-    };
+    let folders = parts.tower().into_iter().chain([parts.folder()]);
+    let mut processor = processor_in(folders, vision.image_size)?;
     processor.mode = mode.unwrap_or_else(|| rules.image_mode(processor.mode));
     processor.tiling = config.tiling.clone();
     Ok(Some(processor))

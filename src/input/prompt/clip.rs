@@ -1,6 +1,7 @@
 //! The tokenizer of CLIP's text tower: lower case, white space collapsed, byte-level BPE whose words end in
 //! `</w>`, and every text between a start and an end token.
 
+use super::stream::byte_of;
 use super::tokenizer::{from_json, guarded};
 use crate::error::{Error, Result};
 use crate::folder::Folder;
@@ -72,6 +73,15 @@ impl ClipTokenizer {
     }
 }
 
+/// The `vocab.json` of a tokenizer that has learnt no merges, with ids as OpenAI's has them: the 256 bytes, the
+/// same at the end of a word, and as the last two of `vocab_size` ids what begins and ends a text.
+pub fn byte_vocabulary(vocab_size: usize) -> Map<String, Value> {
+    let bytes = ('\0'..='\u{143}').filter(|&c| byte_of(c).is_some());
+    let tokens = bytes.clone().map(String::from).chain(bytes.map(|c| format!("{c}{END_OF_WORD}")));
+    let ends = [(START.to_string(), vocab_size - 2), (END.to_string(), vocab_size - 1)];
+    tokens.zip(0..).chain(ends).map(|(token, id)| (token, id.into())).collect()
+}
+
 /// `vocab.json` and `merges.txt` as the `tokenizer.json` that transformers' `CLIPTokenizer` makes of them.
 fn from_vocabulary(folder: &Folder) -> Result<Vec<u8>> {
     let read = |name: &str| {
@@ -123,7 +133,7 @@ fn from_vocabulary(folder: &Folder) -> Result<Vec<u8>> {
         "decoder": { "type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true },
         "model": {
             "type": "BPE", "dropout": null, "unk_token": END, "continuing_subword_prefix": "",
-            "end_of_word_suffix": "</w>", "fuse_unk": false, "byte_fallback": false, "ignore_merges": false,
+            "end_of_word_suffix": END_OF_WORD, "fuse_unk": false, "byte_fallback": false, "ignore_merges": false,
             "vocab": vocab, "merges": merges,
         },
     });
@@ -132,6 +142,7 @@ fn from_vocabulary(folder: &Folder) -> Result<Vec<u8>> {
 
 const START: &str = "<|startoftext|>";
 const END: &str = "<|endoftext|>";
+const END_OF_WORD: &str = "</w>";
 
 /// What a text is cut into: special tokens, English contractions, words, single digits, runs of the rest.
 const WORDS: &str =

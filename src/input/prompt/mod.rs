@@ -19,7 +19,7 @@ mod styles;
 mod template;
 mod tokenizer;
 
-pub use clip::{ClipTokenizer, ClipTokens};
+pub use clip::{ClipTokenizer, ClipTokens, byte_vocabulary};
 pub use expand::{ImageSpan, Prompt, expand, splice};
 pub use message::{Content, Conversation, IMAGE_MARK, ImageSource, Message, Part};
 pub use stop::StopStrings;

@@ -212,7 +212,7 @@ fn fallback_byte(piece: &str) -> Option<u8> {
 
 /// The byte that a character of a byte-level piece stands for (GPT-2's `bytes_to_unicode`): printable
 /// Latin-1 is itself, the 68 other bytes are U+0100 and up in ascending order.
-fn byte_of(c: char) -> Option<u8> {
+pub(super) fn byte_of(c: char) -> Option<u8> {
     match u32::from(c) {
         code @ (0x21..=0x7E | 0xA1..=0xAC | 0xAE..=0xFF) => Some(code as u8),
         code @ 0x100..=0x120 => Some((code - 0x100) as u8),

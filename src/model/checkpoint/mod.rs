@@ -43,6 +43,7 @@ impl Weights {
         match folder {
             Folder::Directory(dir) => Self::open_directory(dir, mode),
             Folder::BuiltIn { name, files } => Self::open_built_in(name, files),
+            Folder::Made { name, .. } => Err(Error::checkpoint(name, "has no files of weights")),
         }
     }
 

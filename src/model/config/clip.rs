@@ -1,10 +1,11 @@
 //! CLIP by itself: one tower or both, and the space they share.
 
-use super::{VisionConfig, bounds, check_head_dim, split_heads};
+use super::{VisionConfig, bounds, check_head_dim, dtype, split_heads};
 use crate::error::Result;
 use crate::folder::Folder;
 use crate::model::json::{self, MAX_TOKEN_ID, Section};
 use crate::op::Activation;
+use crate::tensor::DType;
 use serde_json::{Map, Value};
 use std::path::Path;
 
@@ -18,6 +19,8 @@ pub struct ClipConfig {
     pub text: Option<ClipTextConfig>,
     /// Columns of the vectors that both towers make.
     pub projection_dim: usize,
+    /// The dtype the checkpoint claims to be in. A hint: each tensor carries its own.
+    pub dtype: Option<DType>,
 }
 
 /// A CLIP text tower: transformers' `CLIPTextConfig`.
@@ -119,6 +122,7 @@ impl ClipConfig {
             vision: vision.map(|section| VisionConfig::parse(&section)).transpose()?,
             text: text.map(|section| ClipTextConfig::parse(&section)).transpose()?,
             projection_dim: root.size("projection_dim", 512, bounds::WIDTH)?,
+            dtype: dtype(&root)?,
         })
     }
 }

@@ -133,6 +133,34 @@ impl Lanes for Avx2 {
             _mm256_storeu_ps(dst.add(8), v[1]);
         }
     }
+    /// Halves of what is left, eight to one: rows of activations are packed by sixes, for which a call that copies
+    /// bytes takes longer than their transposition.
+    #[inline(always)]
+    unsafe fn store_first(self, dst: *mut f32, v: V, n: usize) {
+        // SAFETY: the caller vouches for `n` elements, and no more are written.
+        unsafe {
+            if n >= LANES {
+                return self.store(dst, v);
+            }
+            let (mut at, mut eight) = (dst, v[0]);
+            if n & 8 != 0 {
+                _mm256_storeu_ps(at, eight);
+                (at, eight) = (at.add(8), v[1]);
+            }
+            let mut four = _mm256_castps256_ps128(eight);
+            if n & 4 != 0 {
+                _mm_storeu_ps(at, four);
+                (at, four) = (at.add(4), _mm256_extractf128_ps::<1>(eight));
+            }
+            if n & 2 != 0 {
+                _mm_storel_pd(at.cast(), _mm_castps_pd(four));
+                (at, four) = (at.add(2), _mm_movehl_ps(four, four));
+            }
+            if n & 1 != 0 {
+                _mm_store_ss(at, four);
+            }
+        }
+    }
 
     /// Four 8x8 transpositions.
     #[inline(always)]

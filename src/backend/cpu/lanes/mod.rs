@@ -111,10 +111,14 @@ pub trait Lanes: Copy {
     /// `src..src + n` is readable.
     #[inline(always)]
     unsafe fn load_first(self, src: *const f32, n: usize) -> Self::V {
+        if n >= LANES {
+            // SAFETY: the caller vouches for sixteen elements.
+            return unsafe { self.load(src) };
+        }
         let mut line = [0.0f32; LANES];
         // SAFETY: the caller vouches for `n` elements at `src`, and `line` has room for them.
         unsafe {
-            std::ptr::copy_nonoverlapping(src, line.as_mut_ptr(), n.min(LANES));
+            std::ptr::copy_nonoverlapping(src, line.as_mut_ptr(), n);
             self.load(line.as_ptr())
         }
     }
@@ -125,11 +129,15 @@ pub trait Lanes: Copy {
     /// `dst..dst + n` is writable.
     #[inline(always)]
     unsafe fn store_first(self, dst: *mut f32, v: Self::V, n: usize) {
+        if n >= LANES {
+            // SAFETY: the caller vouches for sixteen elements.
+            return unsafe { self.store(dst, v) };
+        }
         let mut line = [0.0f32; LANES];
         // SAFETY: `line` holds sixteen lanes, and the caller vouches for `n` elements at `dst`.
         unsafe {
             self.store(line.as_mut_ptr(), v);
-            std::ptr::copy_nonoverlapping(line.as_ptr(), dst, n.min(LANES));
+            std::ptr::copy_nonoverlapping(line.as_ptr(), dst, n);
         }
     }
 }

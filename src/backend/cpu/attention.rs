@@ -5,12 +5,12 @@
 //! E dimensions, times E^-1/2. Keys are taken in chunks of [`CHUNK`] at absolute positions. A chunk
 //! raises the running maximum, rescales sum and result by one factor, adds its weights (sixteen partial
 //! sums, then a tree) and its weighted values (a chain of fused multiply-adds, position ascending).
-//! Nothing depends on the other rows of a tile: a chunk that a row does not see at all multiplies by
+//! Nothing depends on the rows beside it: a chunk that a row does not see at all multiplies by
 //! exp(0) = 1 and adds zeros, which changes no bit.
 
 mod core;
 
-use self::core::{Blocks, Tile};
+use self::core::{Blocks, Queries};
 use super::lanes::{LANES, Lanes};
 use super::machine::{Machine, Task};
 use super::panel::{Matrix, Panel, RowGroup};
@@ -22,8 +22,9 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 pub const CHUNK: usize = 64;
 /// The largest head.
 const MAX_HEAD: usize = 128;
-/// The tallest tile of query rows.
-const MAX_ROWS: usize = 12;
+/// Query rows that are computed together: two or four register tiles. Keys, queries and scores of a chunk of
+/// heads of 64 are 28 KiB of them, which the nearest cache holds.
+const ROWS: usize = 24;
 
 // A vector of scores is a page.
 const _: () = assert!(PAGE == LANES && CHUNK.is_multiple_of(PAGE));
@@ -134,9 +135,9 @@ impl Task for PagedTask<'_> {
     fn run<L: Lanes>(&self, lanes: L, _: Worker<'_>) {
         let Heads { heads, kv_heads, head_dim } = self.heads;
         let Paged { q, positions, starts, tables, k, v } = self.operands;
-        // The query heads that share a key head fill a tile together with neighbouring rows.
+        // The query heads that share a key head are computed together with neighbouring rows.
         let group = heads / kv_heads;
-        let block = (L::TILE.0 / group).max(1);
+        let block = (ROWS / group).max(1);
         let blocks = positions.len().div_ceil(block);
         loop {
             let unit = self.next.fetch_add(1, Relaxed);
@@ -145,7 +146,7 @@ impl Task for PagedTask<'_> {
             }
             let (kv_head, first) = (unit / blocks, unit % blocks * block);
             let offset = kv_head * head_dim * PAGE;
-            let mut tile = Tile::new();
+            let mut rows = Queries::new();
             let mut of = None;
             for row in first..positions.len().min(first + block) {
                 let (start, seen) = (starts[row] as usize, positions[row] as usize + 1);
@@ -156,11 +157,11 @@ impl Task for PagedTask<'_> {
                     table: Some(&tables[start..]),
                 };
                 for head in kv_head * group..(kv_head + 1) * group {
-                    // A tile is of one sequence.
-                    if tile.len == L::TILE.0 || of != Some(start) {
+                    // They are of one sequence.
+                    if rows.len == ROWS || of != Some(start) {
                         // SAFETY: `paged` has checked every row's pages; the pool ends in a spare vector.
                         unsafe {
-                            tile.flush(
+                            rows.flush(
                                 lanes,
                                 &Blocks { table: of.map(|of| &tables[of..]), ..pages },
                                 head_dim,
@@ -169,18 +170,18 @@ impl Task for PagedTask<'_> {
                         of = Some(start);
                     }
                     let at = (row * heads + head) * head_dim;
-                    tile.push(q[at..].as_ptr(), self.out.wrapping_add(at), seen);
+                    rows.push(q[at..].as_ptr(), self.out.wrapping_add(at), seen);
                 }
             }
             let table = of.map(|of| &tables[of..]);
             let pages = Blocks { k: k[offset..].as_ptr(), v: v[offset..].as_ptr(), stride: self.page, table };
             // SAFETY: as above.
-            unsafe { tile.flush(lanes, &pages, head_dim) };
+            unsafe { rows.flush(lanes, &pages, head_dim) };
         }
     }
 }
 
-/// Attention within one image: pack keys and values, then (tile of rows, head).
+/// Attention within one image: pack keys and values, then (block of rows, head).
 struct DenseTask<'a> {
     heads: Heads,
     qkv: &'a [f32],
@@ -204,23 +205,23 @@ impl Task for DenseTask<'_> {
             self.pack(lanes, unit / pages, unit % pages);
         }
         worker.barrier();
-        let tiles = self.rows.div_ceil(L::TILE.0);
+        let parts = self.rows.div_ceil(ROWS);
         loop {
             let unit = self.next.fetch_add(1, Relaxed);
-            if unit >= tiles * heads {
+            if unit >= parts * heads {
                 return;
             }
-            let (head, first) = (unit / tiles, unit % tiles * L::TILE.0);
+            let (head, first) = (unit / parts, unit % parts * ROWS);
             let k = self.packed.wrapping_add(head * pages * page);
             let blocks = Blocks { k, v: k.wrapping_add(heads * pages * page), stride: page, table: None };
-            let mut tile = Tile::new();
-            for row in first..self.rows.min(first + L::TILE.0) {
+            let mut rows = Queries::new();
+            for row in first..self.rows.min(first + ROWS) {
                 let seen = if self.causal { row + 1 } else { self.rows };
                 let q = self.qkv[row * 3 * width + head * head_dim..].as_ptr();
-                tile.push(q, self.out.wrapping_add(row * width + head * head_dim), seen);
+                rows.push(q, self.out.wrapping_add(row * width + head * head_dim), seen);
             }
             // SAFETY: every page of this head is packed, and the workspace ends in a spare vector.
-            unsafe { tile.flush(lanes, &blocks, head_dim) };
+            unsafe { rows.flush(lanes, &blocks, head_dim) };
         }
     }
 }

@@ -248,7 +248,7 @@ fn the_trace_nests() {
     let trace: Value = serde_json::from_slice(&std::fs::read(trace).unwrap()).unwrap();
     assert_eq!(problems(&schema("trace"), &trace), Vec::<String>::new());
     let events = trace["traceEvents"].as_array().unwrap();
-    let mut tracks: [Vec<(f64, f64)>; 6] = Default::default();
+    let mut tracks: [Vec<(f64, f64)>; 7] = Default::default();
     for event in events {
         let tid = event["tid"].as_u64().unwrap() as usize;
         assert!(event["name"].is_string() && event["pid"].is_u64(), "{event}");
@@ -262,7 +262,7 @@ fn the_trace_nests() {
             other => panic!("{other}"),
         }
     }
-    let [_, stages, layers, ops, first, second] = tracks;
+    let [_, _, stages, layers, ops, first, second] = tracks;
     assert!(first.len() > ops.len() / 2 && first.len() == second.len(), "every part has two threads");
     assert!(first.windows(2).all(|pair| pair[0].1 <= pair[1].0 + 0.01), "parts of a thread do not overlap");
     assert!(!stages.is_empty() && !layers.is_empty() && ops.len() > layers.len());

@@ -38,13 +38,13 @@ pub enum Track {
 }
 
 impl Track {
-    /// Its number in the trace, from the top.
+    /// Its number in the trace, from the top. The process has 1: Perfetto would call that track its main thread.
     fn id(self) -> usize {
         match self {
-            Track::Stages => 1,
-            Track::Layers => 2,
-            Track::Ops => 3,
-            Track::Thread(thread) => 4 + thread,
+            Track::Stages => 2,
+            Track::Layers => 3,
+            Track::Ops => 4,
+            Track::Thread(thread) => 5 + thread,
         }
     }
 
@@ -286,7 +286,8 @@ pub fn chrome(subject: &Subject, events: &[Event]) -> Value {
             "ts": event.start_us, "dur": event.duration_us, "args": event.args,
         })
     }));
-    json!({"displayTimeUnit": "ms", "otherData": subject, "traceEvents": list})
+    // In "ms" chrome://tracing draws what ends less than a microsecond later than its neighbour inside it.
+    json!({"displayTimeUnit": "ns", "otherData": subject, "traceEvents": list})
 }
 
 #[cfg(test)]

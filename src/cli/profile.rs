@@ -127,24 +127,36 @@ impl Profile {
         let (mut plain, mut watched) = (Vec::new(), Vec::new());
         let begin = Instant::now();
         loop {
-            if timed {
-                watch(engine, 0);
-                let start = Instant::now();
-                self.answer(engine, picture)?;
-                plain.push(start.elapsed().as_secs_f64());
+            // Each side goes first as often: what runs second finds warmer caches.
+            let plain_first = plain.len().is_multiple_of(2);
+            if timed && plain_first {
+                plain.push(self.unwatched(engine, picture)?);
             }
             watch(engine, spans);
             let epoch = Instant::now();
             let stages = self.answer(engine, picture)?;
             watched.push(epoch.elapsed().as_secs_f64());
-            // Three pairs at least, unless that takes a minute; seven at most, if they are over soon.
+            if !timed {
+                return Ok((Watched { epoch, stages }, None));
+            }
+            if !plain_first {
+                plain.push(self.unwatched(engine, picture)?);
+                continue;
+            }
+            // Three pairs at least, unless that takes a minute; then for some seconds, as the cost is small.
             let (pairs, seconds) = (plain.len(), begin.elapsed().as_secs());
-            let enough = pairs >= 7 || pairs >= 3 && seconds >= 3 || seconds >= 60;
-            if enough || !timed {
-                let overhead = timed.then(|| overhead(&plain, &watched));
-                return Ok((Watched { epoch, stages }, overhead));
+            if pairs >= 3 && seconds >= 5 || seconds >= 60 {
+                return Ok((Watched { epoch, stages }, Some(overhead(&plain, &watched))));
             }
         }
+    }
+
+    /// The seconds of a run that nothing watches.
+    fn unwatched(&self, engine: &mut Engine, picture: Option<&[u8]>) -> Result<f64> {
+        watch(engine, 0);
+        let start = Instant::now();
+        self.answer(engine, picture)?;
+        Ok(start.elapsed().as_secs_f64())
     }
 
     /// Answers the question from nothing, and says when the stages before the graphs began and ended.
@@ -210,23 +222,18 @@ fn watch(engine: &mut Engine, spans: usize) {
     engine.model().backend().watch_threads(4 * spans);
 }
 
-/// What watching costs, by runs that took turns: the ratio of the fastest of each, and of each pair.
+/// What watching costs, by pairs of runs that took turns.
 fn overhead(plain: &[f64], watched: &[f64]) -> String {
-    let best = |times: &[f64]| times.iter().copied().fold(f64::INFINITY, f64::min);
-    let Ratio { ratio, low, high } = stats::ratio(plain, watched);
+    let Ratio { ratio, low, high } = stats::paired_ratio(plain, watched);
     let percent = |ratio: f64| 100.0 * (ratio - 1.0);
     let interval = match plain.len() {
         0..=2 => "fewer than three pairs of runs: no interval".into(),
-        n => format!(
-            "mean {:+.1} %, 95 % interval {:+.1} to {:+.1} %, {n} pairs by turns",
-            percent(ratio),
-            percent(low),
-            percent(high)
-        ),
+        pairs => {
+            let unseen = if (low..=high).contains(&1.0) { ", which holds 0" } else { "" };
+            let (low, high) = (percent(low), percent(high));
+            format!("95 % interval {low:+.1} to {high:+.1} %{unseen}, {pairs} pairs by turns")
+        }
     };
-    format!(
-        "watching costs {:+.2} % of {:.1} ms ({interval})",
-        percent(best(watched) / best(plain)),
-        1e3 * best(plain)
-    )
+    let ms = 1e3 * stats::percentile(plain, 50.0);
+    format!("watching costs {:+.1} % of {ms:.1} ms ({interval})", percent(ratio))
 }

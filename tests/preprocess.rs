@@ -118,8 +118,10 @@ fn resizes_equal_pillow() {
         };
         let filter = Filter::from_pillow(case["filter"].as_u64().unwrap()).unwrap();
         let (width, height) = (number(&case["to"][0]), number(&case["to"][1]));
-        let result = resize_window(&canvas, filter, (width, height), (0..width, 0..height));
-        assert_eq!(sha256(&result), case["sha256"], "{case}");
+        for threads in [1, 2, 5] {
+            let result = resize_window(&canvas, filter, (width, height), (0..width, 0..height), threads);
+            assert_eq!(sha256(&result), case["sha256"], "{case}, {threads} threads");
+        }
     }
 }
 
@@ -182,6 +184,7 @@ proptest! {
     fn a_window_is_that_part_of_the_plain_resize(
         source in (1usize..60, 1usize..60), to in (1usize..50, 1usize..50),
         ends in [0.0..1.0f64, 0.0..1.0, 0.0..1.0, 0.0..1.0], seed in any::<u32>(),
+        threads in 1usize..4,
     ) {
         let mut state = seed;
         let rgb = (0..source.0 * source.1 * 3).map(|_| {
@@ -195,7 +198,7 @@ proptest! {
             a.min(b)..a.max(b) + 1
         };
         let (columns, rows) = (range(ends[0], ends[1], to.0), range(ends[2], ends[3], to.1));
-        let got = resize_window(&Canvas::of(&source), Filter::Bicubic, to, (columns.clone(), rows.clone()));
+        let got = resize_window(&Canvas::of(&source), Filter::Bicubic, to, (columns.clone(), rows.clone()), threads);
         prop_assert_eq!(got, cut(&plain_resize(&source, to.0, to.1), to.0, columns, rows));
     }
 

@@ -182,7 +182,7 @@ proptest! {
     fn tiles_are_the_canvas_cut(tiling in any_tiling(), width in 1usize..60, height in 1usize..60) {
         let tiles = tiling.tiles(width, height);
         let (side, columns, picture) = (tiles.side, tiles.columns, noise(width, height));
-        let resize = |(w, h)| resize_window(&Canvas::of(&picture), Filter::Bicubic, (w, h), (0..w, 0..h));
+        let resize = |(w, h)| resize_window(&Canvas::of(&picture), Filter::Bicubic, (w, h), (0..w, 0..h), 1);
         let mut canvas = vec![0u8; columns * side * tiles.rows * side * 3];
         let (resized, margin) = (resize(tiles.resized), tiles.margin());
         for (y, line) in resized.chunks(tiles.resized.0 * 3).enumerate() {

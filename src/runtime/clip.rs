@@ -98,7 +98,7 @@ impl Clip {
                 let build = |b: &mut GraphBuilder<'_>| {
                     clip::image_encoder(b, vision, config.projection_dim, &weights)
                 };
-                Some((processor_in([&folder], vision.image_size)?, Tower::new(&backend, build)?))
+                Some((processor_in([&folder], vision.image_size, options)?, Tower::new(&backend, build)?))
             }
         };
         let text = match &config.text {

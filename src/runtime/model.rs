@@ -128,7 +128,7 @@ pub struct LoadOptions {
     pub load_mode: LoadMode,
     /// Where it runs.
     pub device: DeviceOptions,
-    /// Threads of the CPU backend; `None` takes one for each core.
+    /// Threads of the CPU backend, and of what the host does for any device; `None` takes one for each core.
     pub threads: Option<usize>,
     /// The language model's folder, if the source is an adapter or a projector that was trained over it.
     pub base: Option<PathBuf>,
@@ -164,6 +164,13 @@ pub struct Progress(pub Arc<dyn Fn(u64, u64) + Send + Sync>);
 impl fmt::Debug for Progress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Progress")
+    }
+}
+
+impl LoadOptions {
+    /// Threads of the host: as many as are asked for, or one for each core.
+    pub(super) fn host_threads(&self) -> usize {
+        self.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()))
     }
 }
 
@@ -228,7 +235,7 @@ impl Model {
         let (config, rules) = pictures::settle(&parts, config, options)?;
         let vision = llava::vision(&*backend, &config, &weights)?;
         let language = llava::language(&*backend, &config, &weights)?;
-        let preprocess = pictures::preprocess(&parts, &config, &rules, options.image_mode)?;
+        let preprocess = pictures::preprocess(&parts, &config, &rules, options)?;
         let prompter = prompter_of(&parts, &config, &rules, options)?;
         if let Some(stop) = prompter.stop_token().filter(|stop| !generation.eos_token_ids.contains(stop)) {
             generation.eos_token_ids.push(stop);
@@ -346,7 +353,6 @@ fn preset_weights(preset: &Preset, options: &LoadOptions) -> Result<Weights> {
     if !options.preset_values {
         return preset.blank_weights(options.preset_dtype);
     }
-    let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
     let total = preset.bytes(options.preset_dtype)?;
     let available = usable_memory();
     if available > 0 && total > available {
@@ -358,7 +364,7 @@ fn preset_weights(preset: &Preset, options: &LoadOptions) -> Result<Weights> {
         });
     }
     let progress = |done| options.progress.iter().for_each(|p| p.0(done, total));
-    preset.weights(options.preset_dtype, options.preset_seed, threads, &progress)
+    preset.weights(options.preset_dtype, options.preset_seed, options.host_threads(), &progress)
 }
 
 /// Tokenizer and template, as the checkpoint or the options have it.

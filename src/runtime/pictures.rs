@@ -10,7 +10,7 @@ use super::model::{LoadOptions, Source};
 use super::rules::Rules;
 use crate::error::{Error, Result};
 use crate::folder::Folder;
-use crate::input::image::{DecodeOptions, ImageMode, Preprocess};
+use crate::input::image::{DecodeOptions, Preprocess};
 use crate::model::config::{ModelConfig, Reference, check_processor, check_processor_tiling};
 use crate::model::json::{self, Section};
 use crate::model::parts::Parts;
@@ -28,7 +28,7 @@ pub fn load_preprocess(
 ) -> Result<(DecodeOptions, Preprocess, ModelConfig)> {
     let parts = source.parts(options)?;
     let (config, rules) = settle(&parts, parts.config()?, options)?;
-    let processor = preprocess(&parts, &config, &rules, options.image_mode)?
+    let processor = preprocess(&parts, &config, &rules, options)?
         .ok_or_else(|| Error::Prompt(format!("{source} is a text model; it takes no pictures")))?;
     Ok((rules.decode_options(), processor, config))
 }
@@ -47,7 +47,7 @@ pub(super) fn settle(
     Ok((config, rules))
 }
 
-/// How pictures become pixels; `None` for a text model. `mode` is what the user asks for.
+/// How pictures become pixels; `None` for a text model.
 ///
 /// # Errors
 /// A configuration that cannot be used, or one whose pixels would not fit the tower.
@@ -55,12 +55,12 @@ pub(super) fn preprocess(
     parts: &Parts,
     config: &ModelConfig,
     rules: &Rules,
-    mode: Option<ImageMode>,
+    options: &LoadOptions,
 ) -> Result<Option<Preprocess>> {
     let Some(vision) = &config.vision else { return Ok(None) };
     let folders = parts.tower().into_iter().chain([parts.folder()]);
-    let mut processor = processor_in(folders, vision.image_size)?;
-    processor.mode = mode.unwrap_or_else(|| rules.image_mode(processor.mode));
+    let mut processor = processor_in(folders, vision.image_size, options)?;
+    processor.mode = options.image_mode.unwrap_or_else(|| rules.image_mode(processor.mode));
     processor.tiling = config.tiling.clone();
     Ok(Some(processor))
 }
@@ -73,7 +73,9 @@ pub(super) fn preprocess(
 pub(super) fn processor_in<'a>(
     folders: impl IntoIterator<Item = &'a Folder>,
     image_size: usize,
+    options: &LoadOptions,
 ) -> Result<Preprocess> {
+    let mut found = None;
     for folder in folders {
         let Some((file, map)) = settings(folder)? else { continue };
         let processor = Preprocess::from_json(&file, &map.into())?;
@@ -85,9 +87,12 @@ pub(super) fn processor_in<'a>(
                 found: processor.side().to_string(),
             });
         }
-        return Ok(processor);
+        found = Some(processor);
+        break;
     }
-    Ok(Preprocess::clip(image_size))
+    let mut processor = found.unwrap_or_else(|| Preprocess::clip(image_size));
+    processor.threads = options.host_threads();
+    Ok(processor)
 }
 
 const PROCESSOR: &str = "processor_config.json";

@@ -53,6 +53,8 @@ pub struct Preprocess {
     pub mode: ImageMode,
     /// Whether pictures are seen in tiles, and how; then `mode` has no say. Free to be changed.
     pub tiling: Option<Tiling>,
+    /// Threads that resize a picture, one at first. Free to be changed; no pixel depends on it.
+    pub threads: usize,
     resize: Resize,
     filter: Filter,
     /// Side of the square that the tower reads.
@@ -73,6 +75,7 @@ impl Preprocess {
         Preprocess {
             mode: ImageMode::Crop,
             tiling: None,
+            threads: 1,
             resize: Resize::ShortestEdge(side),
             filter: Filter::Bicubic,
             side,
@@ -128,6 +131,7 @@ impl Preprocess {
         Ok(Preprocess {
             mode: if pads { ImageMode::Pad } else { ImageMode::Crop },
             tiling: None,
+            threads: 1,
             resize,
             filter,
             side,
@@ -154,7 +158,13 @@ impl Preprocess {
     fn tiles_u8(&self, picture: &Picture, tiles: &Tiles) -> Vec<Vec<u8>> {
         let side = self.side;
         let resize = |(width, height)| {
-            resize_window(&Canvas::of(picture), self.filter, (width, height), (0..width, 0..height))
+            resize_window(
+                &Canvas::of(picture),
+                self.filter,
+                (width, height),
+                (0..width, 0..height),
+                self.threads,
+            )
         };
         let mut squares = vec![vec![0; side * side * 3]; tiles.squares()];
         squares[0] = resize((side, side));
@@ -197,7 +207,7 @@ impl Preprocess {
         let (columns, left) = self.kept(size.0);
         let (rows, top) = self.kept(size.1);
         let width = columns.len() * 3;
-        let kept = resize_window(&canvas, self.filter, size, (columns, rows));
+        let kept = resize_window(&canvas, self.filter, size, (columns, rows), self.threads);
         if kept.len() == self.side * self.side * 3 {
             return Ok(kept);
         }

@@ -11,6 +11,7 @@
 //! whatever the shape of the source.
 
 use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
 
 use super::Picture;
 
@@ -28,6 +29,10 @@ const BLOCK: usize = 8;
 /// each); wider windows are made group by group. One group does for any source up to about 4 million
 /// columns.
 const TABLE: usize = 12 << 20;
+
+/// The fewest output rows that a thread is started for. Neighbouring bands both resample the picture rows that
+/// count in both: 9 of 73 when the shorter side shrinks from 768 to 336.
+const BAND: usize = 32;
 
 /// A resampling kernel of Pillow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -138,25 +143,44 @@ impl<'a> Canvas<'a> {
 
 /// Columns and rows `window` of `canvas` resized to `size` (width, height): RGB, rows from the top.
 ///
-/// The window must lie in `size`, and no side may be zero.
+/// The window must lie in `size`, and no side may be zero. Up to `threads` threads work on it, this one and others
+/// that end with it; the result does not depend on how many.
 pub fn resize_window(
     canvas: &Canvas,
     filter: Filter,
     size: (usize, usize),
     window: (Range<usize>, Range<usize>),
+    threads: usize,
 ) -> Vec<u8> {
     let picture = canvas.picture;
     let across = Axis { canvas: canvas.size.0, at: canvas.at.0, picture: picture.width, out: size.0, filter };
     let down = Axis { canvas: canvas.size.1, at: canvas.at.1, picture: picture.height, out: size.1, filter };
     let (columns, rows) = window;
     let group = (TABLE / (3 * across.most_taps())).max(1);
-    let mut result = vec![0; columns.len() * rows.len() * 3];
+    let vertical_first = vertical_first(canvas.size, size);
+    let width = columns.len() * 3;
+    let band = rows.len().div_ceil(threads.max(1)).max(BAND);
+    let mut result = vec![0; width * rows.len()];
     for start in columns.clone().step_by(group) {
         let part = start..columns.end.min(start + group);
         let at = (start - columns.start) * 3..(part.end - columns.start) * 3;
-        let columns_of_group = Columns::new(&across, part);
-        let lines = result.chunks_exact_mut(columns.len() * 3).map(|line| &mut line[at.clone()]);
-        resample(canvas, &columns_of_group, &down, vertical_first(canvas.size, size), rows.clone(), lines);
+        let table = Columns::new(&across, part);
+        let bands = Mutex::new(rows.clone().step_by(band).zip(result.chunks_mut(width * band)));
+        let next = || bands.lock().unwrap_or_else(PoisonError::into_inner).next();
+        let work = || {
+            while let Some((first, lines)) = next() {
+                let rows = first..rows.end.min(first + band);
+                let lines = lines.chunks_exact_mut(width).map(|line| &mut line[at.clone()]);
+                resample(canvas, &table, &down, vertical_first, rows, lines);
+            }
+        };
+        std::thread::scope(|scope| {
+            for _ in 1..rows.len().div_ceil(band) {
+                // If there is no thread to be had, the others do its part.
+                let _ = std::thread::Builder::new().spawn_scoped(scope, work);
+            }
+            work();
+        });
     }
     result
 }

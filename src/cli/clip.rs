@@ -24,7 +24,7 @@ struct ClipArgs {
     /// Where the model runs
     #[arg(long, value_name = "auto|cpu|cuda[:N]|emu", default_value_t = Device::Auto)]
     device: Device,
-    /// Threads of the CPU backend [default: one for each core]
+    /// Threads of the CPU backend, and of what the host does beside a GPU [default: one for each core]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
     /// Map weight files, or read them (for files that may change meanwhile)

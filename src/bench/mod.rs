@@ -1,8 +1,8 @@
 //! The instrument: how long each stage takes, and how far it is from what the hardware can do.
 //!
-//! [`plan`] says what to run, [`measure`] runs it on an [`Engine`](crate::runtime::Engine) and [`clip`] on a CLIP by itself, [`ops`] runs one
-//! op at a time; every result is a [`report::Row`] that carries what is needed to believe it
-//! ([`environment`]). [`compare`] judges two reports, [`trace`] shows where one run's time went and
+//! [`plan`] says what to run, [`measure`] runs it on an [`Engine`](crate::runtime::Engine) and [`clip`] on a CLIP
+//! by itself, [`ops`] runs one op at a time; every result is a [`report::Row`] that carries what is needed to
+//! believe it ([`environment`]). [`compare`] judges two reports, [`trace`] shows where one run's time went and
 //! [`roofline`] draws it.
 //!
 //! Definitions. *Ceilings* are measured beside every test, on the same threads ([`Ceilings`]). The *floor* of

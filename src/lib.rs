@@ -74,7 +74,7 @@
 //!
 //! No two models or sessions share anything that changes, and the library reads no environment variables. (The
 //! command line finds the cache of Hugging Face by those that Hugging Face has for it: `HF_HUB_CACHE`, `HF_HOME`,
-//! `XDG_CACHE_HOME`.)
+//! `XDG_CACHE_HOME`; on a GPU a profiler says by `NVTX_INJECTION64_PATH` that it wants to be told of ranges.)
 //!
 //! # The life of a request
 //!

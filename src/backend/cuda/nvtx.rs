@@ -17,10 +17,15 @@ type Initialize = unsafe extern "C" fn(GetTable) -> c_int;
 const INITIALIZE: &CStr = c"InitializeInjectionNvtx2";
 /// `NVTX_ETID_CALLBACKS`.
 const CALLBACKS_TABLE: u32 = 1;
-/// `NVTX_CB_MODULE_CORE`.
-const CORE: c_int = 1;
-/// Functions of the core module, the first of which does not exist, and the places of ours.
-const FUNCTIONS: usize = 16;
+/// `NVTX_ETID_VERSIONINFO`.
+const VERSION_TABLE: u32 = 3;
+/// Functions of each module, by its number; the first of them does not exist. NVIDIA's profilers refuse whoever lacks a
+/// module, though a range needs but the first.
+const FUNCTIONS: [usize; 7] = [0, 16, 9, 15, 7, 16, 7];
+/// The most of any, and a null behind them.
+const PLACES: usize = 16 + 1;
+/// `NVTX_CB_MODULE_CORE`, and the places of our functions in it.
+const CORE: usize = 1;
 const PUSH_ASCII: usize = 9;
 const POP: usize = 11;
 
@@ -31,6 +36,15 @@ struct Callbacks {
     module: unsafe extern "C" fn(c_int, *mut *const Slot, *mut c_uint) -> c_int,
 }
 
+/// `NvtxExportTableVersionInfo`: a profiler must tell its own version, and may not ask whether it can.
+#[repr(C)]
+struct Version {
+    size: usize,
+    version: u32,
+    reserved: u32,
+    set: unsafe extern "C" fn(u32),
+}
+
 /// Where a profiler writes the address of a function, by way of [`SLOTS`].
 type Function = AtomicPtr<c_void>;
 #[repr(transparent)]
@@ -38,34 +52,47 @@ struct Slot(*const Function);
 // SAFETY: it refers to a static of atomics.
 unsafe impl Sync for Slot {}
 
-static PROVIDED: [Function; FUNCTIONS] = [const { AtomicPtr::new(ptr::null_mut()) }; FUNCTIONS];
-static SLOTS: [Slot; FUNCTIONS] = {
-    let mut slots = [const { Slot(ptr::null()) }; FUNCTIONS];
-    let mut i = 1;
-    while i < FUNCTIONS {
-        slots[i] = Slot(&PROVIDED[i]);
-        i += 1;
+static PROVIDED: [[Function; PLACES]; FUNCTIONS.len()] =
+    [const { [const { AtomicPtr::new(ptr::null_mut()) }; PLACES] }; FUNCTIONS.len()];
+static SLOTS: [[Slot; PLACES]; FUNCTIONS.len()] = {
+    let mut slots = [const { [const { Slot(ptr::null()) }; PLACES] }; FUNCTIONS.len()];
+    let mut module = 0;
+    while module < FUNCTIONS.len() {
+        let mut i = 1;
+        while i < FUNCTIONS[module] {
+            slots[module][i] = Slot(&PROVIDED[module][i]);
+            i += 1;
+        }
+        module += 1;
     }
     slots
 };
-static CALLBACKS: Callbacks = Callbacks { size: size_of::<Callbacks>(), module: core_functions };
+static CALLBACKS: Callbacks = Callbacks { size: size_of::<Callbacks>(), module: functions };
+static VERSION: Version = Version { size: size_of::<Version>(), version: 3, reserved: 0, set: any_version };
 
 unsafe extern "C" fn table(id: u32) -> *const c_void {
-    if id == CALLBACKS_TABLE { ptr::from_ref(&CALLBACKS).cast() } else { ptr::null() }
+    match id {
+        CALLBACKS_TABLE => ptr::from_ref(&CALLBACKS).cast(),
+        VERSION_TABLE => ptr::from_ref(&VERSION).cast(),
+        _ => ptr::null(),
+    }
 }
 
+unsafe extern "C" fn any_version(_: u32) {}
+
 /// Tells a profiler where to write the functions of a module; 0 if there is no such module.
-unsafe extern "C" fn core_functions(module: c_int, slots: *mut *const Slot, count: *mut c_uint) -> c_int {
-    if module != CORE {
+unsafe extern "C" fn functions(module: c_int, slots: *mut *const Slot, count: *mut c_uint) -> c_int {
+    let Some(module) = usize::try_from(module).ok().filter(|module| (1..FUNCTIONS.len()).contains(module))
+    else {
         return 0;
-    }
+    };
     // SAFETY: the protocol: both are null or may be written.
     unsafe {
         if !slots.is_null() {
-            *slots = SLOTS.as_ptr();
+            *slots = SLOTS[module].as_ptr();
         }
         if !count.is_null() {
-            *count = FUNCTIONS as c_uint;
+            *count = FUNCTIONS[module] as c_uint;
         }
     }
     1
@@ -94,7 +121,7 @@ fn load(path: &CStr) -> Option<Initialize> {
 fn attach(initialize: Initialize) -> bool {
     // SAFETY: the protocol; `table` gives it what it asks for.
     let done = unsafe { initialize(table) } != 0;
-    done && [PUSH_ASCII, POP].iter().all(|&f| !PROVIDED[f].load(Acquire).is_null())
+    done && [PUSH_ASCII, POP].iter().all(|&f| !PROVIDED[CORE][f].load(Acquire).is_null())
 }
 
 /// Begins a range on this thread, inside the one that is open.
@@ -115,7 +142,7 @@ fn push(name: &str) {
     let name = CString::new(name).unwrap_or_default();
     // SAFETY: a profiler wrote it there (`attach`), and promises this type; the name ends with a zero byte.
     unsafe {
-        let push = std::mem::transmute::<*mut c_void, Push>(PROVIDED[PUSH_ASCII].load(Acquire));
+        let push = std::mem::transmute::<*mut c_void, Push>(PROVIDED[CORE][PUSH_ASCII].load(Acquire));
         push(name.as_ptr());
     }
 }
@@ -123,7 +150,7 @@ fn push(name: &str) {
 fn pop() {
     // SAFETY: as in `push`.
     unsafe {
-        let pop = std::mem::transmute::<*mut c_void, Pop>(PROVIDED[POP].load(Acquire));
+        let pop = std::mem::transmute::<*mut c_void, Pop>(PROVIDED[CORE][POP].load(Acquire));
         pop();
     }
 }
@@ -154,10 +181,22 @@ mod tests {
         unsafe {
             let callbacks = &*table(CALLBACKS_TABLE).cast::<Callbacks>();
             assert!(table(99).is_null() && callbacks.size == 16);
-            assert_eq!((callbacks.module)(7, &mut slots, &mut count), 0, "no such module");
-            assert_eq!((callbacks.module)(CORE, &mut slots, &mut count), 1);
+            let version = &*table(VERSION_TABLE).cast::<Version>();
+            assert_eq!((version.size, version.version, version.reserved), (24, 3, 0));
+            (version.set)(2);
+            for none in [-1, 0, 7] {
+                assert_eq!((callbacks.module)(none, &mut slots, &mut count), 0, "no such module");
+            }
+            for module in 1..=6 {
+                assert_eq!((callbacks.module)(module, &mut slots, &mut count), 1);
+                let slots: &[Slot] = std::slice::from_raw_parts(slots, count as usize + 1);
+                let (first, last) = (&slots[0], &slots[count as usize]);
+                assert!(first.0.is_null() && last.0.is_null(), "{module}");
+                assert!(slots[1..count as usize].iter().all(|slot| !slot.0.is_null()), "{module}");
+            }
+            assert_eq!((callbacks.module)(CORE as c_int, &mut slots, &mut count), 1);
+            assert_eq!(count, 16);
             let slots: &[Slot] = std::slice::from_raw_parts(slots, count as usize);
-            assert!(slots[0].0.is_null() && slots.len() == 16);
             (*slots[9].0).store(see_push as *mut c_void, Release);
             (*slots[11].0).store(see_pop as *mut c_void, Release);
         }

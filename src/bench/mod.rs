@@ -2,8 +2,8 @@
 //!
 //! [`plan`] says what to run, [`measure`] runs it on an [`Engine`](crate::runtime::Engine) and [`clip`] on a CLIP
 //! by itself, [`ops`] runs one op at a time; every result is a [`report::Row`] that carries what is needed to
-//! believe it ([`environment`]). [`compare`] judges two reports, [`trace`] shows where one run's time went and
-//! [`roofline`] draws it.
+//! believe it ([`environment`]). [`compare`] judges two reports. [`profile`] runs one answer node by node, [`trace`]
+//! shows where its time went and [`roofline`] draws it.
 //!
 //! Definitions. *Ceilings* are measured beside every test, on the same threads ([`Ceilings`]). The *floor* of
 //! a test is the larger of its FLOPs over the one and its bytes over the other ceiling, step by step; a
@@ -20,6 +20,7 @@ pub mod format;
 pub mod measure;
 pub mod ops;
 pub mod plan;
+pub mod profile;
 pub mod report;
 pub mod roofline;
 pub mod startup;

@@ -1,6 +1,7 @@
 //! Where one run's time went: spans of steps, layers, ops and threads, as a trace that Perfetto and
 //! chrome://tracing open (`docs/schema/trace.json`), and as a summary by op.
 
+use super::profile::Clock;
 use super::report::Subject;
 use crate::backend::{Ceilings, WorkingSet};
 use crate::graph::{Executor, Span};
@@ -267,7 +268,7 @@ pub fn threads(parts: &[Vec<(Instant, Instant)>], epoch: Instant, events: &[Even
 
 /// The trace in the Trace Event Format's JSON object form: complete events (`ph: X`), one process, a named
 /// thread for each track.
-pub fn chrome(subject: &Subject, events: &[Event]) -> Value {
+pub fn chrome(subject: &Subject, clock: Clock, events: &[Event]) -> Value {
     let mut tracks: Vec<Track> = vec![Track::Stages, Track::Layers, Track::Ops];
     for event in events {
         if !tracks.contains(&event.track) {
@@ -286,8 +287,10 @@ pub fn chrome(subject: &Subject, events: &[Event]) -> Value {
             "ts": event.start_us, "dur": event.duration_us, "args": event.args,
         })
     }));
+    let mut run = json!(subject);
+    run["clock"] = clock.name().into();
     // In "ms" chrome://tracing draws what ends less than a microsecond later than its neighbour inside it.
-    json!({"displayTimeUnit": "ns", "otherData": subject, "traceEvents": list})
+    json!({"displayTimeUnit": "ns", "otherData": run, "traceEvents": list})
 }
 
 #[cfg(test)]

@@ -2,41 +2,24 @@
 //! libraries that lack something. Each runs in a process of its own, which finds that library before any other.
 #![cfg(target_os = "linux")]
 
-use std::path::Path;
-use std::process::Command;
+mod fake_cuda;
+mod schema;
+
+use fake_cuda::{Libraries, WHOLE, inside, with_library};
+use schema::{problems, schema};
+use serde_json::Value;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tessera::backend::cuda::CudaBackend;
 use tessera::backend::cuda::device::Launch;
 use tessera::backend::cuda::driver::Driver;
 use tessera::backend::cuda::gpu::{Gpu, Module, list};
+use tessera::bench::profile::Question;
+use tessera::bench::subject::Subject;
+use tessera::bench::trace;
+use tessera::model::checkpoint::LoadMode;
+use tessera::runtime::{Engine, LoadOptions, Model, Session, SessionOptions, Source};
 use tessera::tensor::DType;
-
-/// Compiles `source` as libcuda and runs this test program's `test` with it; what it printed.
-fn with_library(source: &str, test: &str) -> String {
-    let dir = tempfile::tempdir().unwrap();
-    let file = dir.path().join("libcuda.c");
-    std::fs::write(&file, source).unwrap();
-    let mut cc = Command::new("cc");
-    let made =
-        cc.args(["-shared", "-fPIC", "-w", "-o"]).arg(dir.path().join("libcuda.so")).arg(&file).status();
-    assert!(made.unwrap().success(), "the library does not compile");
-    let output = Command::new(std::env::current_exe().unwrap())
-        .args([test, "--exact", "--nocapture"])
-        .env("LD_LIBRARY_PATH", dir.path())
-        .env("INSIDE", "1")
-        .output()
-        .unwrap();
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    assert!(output.status.success(), "{text}\n{}", String::from_utf8_lossy(&output.stderr));
-    text
-}
-
-/// Whether this is the process that [`with_library`] started.
-fn inside() -> bool {
-    std::env::var_os("INSIDE").is_some()
-}
-
-const WHOLE: &str = include_str!("fake_cuda/libcuda.c");
 
 #[test]
 fn a_whole_library_is_driven() {
@@ -45,10 +28,11 @@ fn a_whole_library_is_driven() {
     }
     let text = with_library(WHOLE, "a_whole_library_is_driven");
     assert!(text.contains("Fake 7, compute capability 8.6, 4 multiprocessors"), "{text}");
-    // Nothing is left behind when the device is closed.
-    let left = "left: 0 bytes, 0 pinned, 0 streams, 0 graphs, 0 modules, 0 contexts";
-    assert!(text.contains(left), "{text}");
+    assert!(text.contains(CLOSED), "{text}");
 }
+
+/// Nothing is left behind when the device is closed.
+const CLOSED: &str = "left: 0 bytes, 0 pinned, 0 streams, 0 graphs, 0 modules, 0 contexts";
 
 #[repr(C)]
 #[derive(Clone, Copy, bytemuck::NoUninit)]
@@ -126,7 +110,7 @@ fn drive() {
     unsafe { gpu.fill(number.addr, 0, 4).unwrap() };
     add(5).unwrap();
     assert_eq!(read(), 5);
-    // The made-up clock always says a millisecond and a half.
+    // What the made-up clock says first.
     let took = gpu.time(&mut || add(0)).unwrap().expect("a GPU's time");
     assert!((took.as_secs_f64() - 1.5e-3).abs() < 1e-6, "{took:?}");
     let recording = backend.device().record(&mut || {
@@ -212,4 +196,160 @@ fn what_is_called_is_probed() {
             assert!(known, "{file} calls cu{name} without having asked for it");
         }
     }
+}
+
+/// The demo model on the made-up GPU, whose kernels compute nothing: all it says is token 0.
+fn demo() -> Engine {
+    static MODULES: [Module; 1] = [Module { name: "every", image: b"fake model", resources: "" }];
+    let gpu = Gpu::open_with(0, &MODULES).unwrap();
+    let backend = CudaBackend::new(Arc::new(gpu), DType::BF16).unwrap();
+    let model = Model::load_on(Arc::new(backend), &Source::Demo, &LoadOptions::default()).unwrap();
+    Engine::new(Session::new(Arc::new(model), SessionOptions::default()).unwrap())
+}
+
+fn question() -> Question {
+    let picture = concat!(env!("CARGO_MANIFEST_DIR"), "/assets/samples/scene1.png");
+    Question { picture: Some(std::fs::read(picture).unwrap()), prompt: "Where?".into(), max_tokens: 3 }
+}
+
+/// The ranges of an answer to it: tower, projector, prompt, and a step for each token but the last.
+const STAGES: [&str; 5] = ["vision", "vision", "prefill", "decode", "decode"];
+
+/// What a profiler is told, as `prove` asks it on a real GPU too.
+const PROFILER: &str = include_str!("../scripts/gpu/nvtx.c");
+
+/// What the profiler and the clock wrote down, in the order in which it happened.
+#[derive(Default)]
+struct Log {
+    /// Ranges that are not inside another, and those that they hold.
+    stages: Vec<(String, Vec<String>)>,
+    /// The range that ended last before each reading of the clock, and what it read, in microseconds.
+    times: Vec<(String, f64)>,
+}
+
+impl Log {
+    fn read(path: &Path) -> Self {
+        let (mut log, mut open, mut last) = (Log::default(), Vec::<String>::new(), String::new());
+        for line in std::fs::read_to_string(path).unwrap().lines() {
+            match line.split_once(' ') {
+                Some(("push", name)) => {
+                    match open.len() {
+                        0 => log.stages.push((name.into(), Vec::new())),
+                        1 => log.stages.last_mut().unwrap().1.push(name.into()),
+                        _ => panic!("{name} inside {open:?}"),
+                    }
+                    open.push(name.into());
+                }
+                Some(("took", ms)) => log.times.push((last.clone(), 1e3 * ms.parse::<f64>().unwrap())),
+                _ if line == "pop" => last = open.pop().expect("no more ranges end than begin"),
+                _ => panic!("{line}"),
+            }
+        }
+        assert_eq!(open, [""; 0], "every range ends");
+        log
+    }
+}
+
+/// Name, begin and end.
+type Span = (String, f64, f64);
+
+/// The events of a trace in one category.
+fn spans(trace: &Value, category: &str) -> Vec<Span> {
+    let events = trace["traceEvents"].as_array().unwrap().iter();
+    let wanted = events.filter(|event| event["cat"] == category && event["args"]["where"].is_null());
+    let span = |event: &Value| {
+        let (ts, dur) = (event["ts"].as_f64().unwrap(), event["dur"].as_f64().unwrap());
+        (event["name"].as_str().unwrap().into(), ts, ts + dur)
+    };
+    wanted.map(span).collect()
+}
+
+/// One follows the other on each level, inside those of the level above.
+fn assert_nested(levels: [&[Span]; 3]) {
+    for level in levels {
+        let ordered = level.windows(2).all(|pair| pair[0].2 <= pair[1].1 + 0.01);
+        assert!(level.len() >= 4 && ordered, "{level:?}");
+    }
+    for [outer, inner] in [[levels[0], levels[1]], [levels[1], levels[2]]] {
+        let holds = |a: f64, b: f64| outer.iter().any(|&(_, c, d)| c <= a + 0.01 && b <= d + 0.01);
+        assert!(inner.iter().all(|&(_, a, b)| holds(a, b)), "{outer:?} {inner:?}");
+    }
+}
+
+/// The trace of a profile, into a file.
+fn profile(file: &Path) {
+    let (mut engine, question) = (demo(), question());
+    question.rehearse(&mut engine).unwrap();
+    let ceilings = engine.model().ceilings().unwrap();
+    let profile = question.profile(&mut engine, ceilings).unwrap();
+    let subject = Subject::new(engine.model(), LoadMode::Mmap, engine.session().prefill_chunk());
+    let trace = trace::chrome(&subject, profile.clock, &profile.events);
+    std::fs::write(file, trace.to_string()).unwrap();
+}
+
+/// A profile has the times of the GPU's clock, op by op, and opens a range for every stage and every op: a profiler
+/// sees what the trace shows.
+#[test]
+fn a_profile_is_timed_by_the_gpu_and_seen_by_a_profiler() {
+    if inside() {
+        return profile(Path::new(&std::env::var_os("TRACE").unwrap()));
+    }
+    let libraries = Libraries::new(WHOLE);
+    let (file, log) = (libraries.path("trace.json"), libraries.path("log"));
+    let listens = ("NVTX_INJECTION64_PATH", libraries.compile("profiler", PROFILER));
+    let logs = [("NVTX_LOG", log.clone()), ("CUDA_LOG", log.clone())];
+    let variables = [&[listens, ("TRACE", file.clone())][..], &logs].concat();
+    libraries.run("a_profile_is_timed_by_the_gpu_and_seen_by_a_profiler", &variables);
+    let trace: Value = serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap();
+    assert_eq!(problems(&schema("trace"), &trace), Vec::<String>::new());
+    let about = &trace["otherData"];
+    assert_eq!([&about["clock"], &about["backends"], &about["gpu_info"]], ["device", "CUDA", "Fake 7"]);
+    let (stages, layers, ops) = (spans(&trace, "stages"), spans(&trace, "layers"), spans(&trace, "ops"));
+    assert_nested([&stages, &layers, &ops]);
+
+    // The last run is the one that is shown.
+    let log = Log::read(&log);
+    assert!(log.times.len() > 3 * ops.len(), "other runs were watched too");
+    for ((name, begin, end), (range, took)) in ops.iter().rev().zip(log.times.iter().rev()) {
+        assert!(name == range && (end - begin - took).abs() < 0.01, "{name} {begin} {end}, {range} {took}");
+    }
+    let shown = &log.stages[log.stages.len() - STAGES.len()..];
+    let (names, nodes): (Vec<_>, Vec<_>) = shown.iter().map(|(name, nodes)| (name.as_str(), nodes)).unzip();
+    assert_eq!(names, STAGES, "{stages:?}");
+    assert!(nodes.into_iter().flatten().eq(ops.iter().map(|(name, ..)| name)));
+    // Replayed steps of the other runs are one range each.
+    assert!(log.stages.iter().any(|(name, nodes)| name == "decode" && nodes.is_empty()));
+}
+
+/// Any run is seen, not only a profile; where no profiler listens, or one that cannot, nothing is different.
+#[test]
+fn without_a_profiler_nothing_is_told() {
+    if inside() {
+        return question().rehearse(&mut demo()).unwrap();
+    }
+    let libraries = Libraries::new(WHOLE);
+    let (profiler, log) = (libraries.compile("profiler", PROFILER), libraries.path("log"));
+    let run = |variables: &[(&str, PathBuf)]| {
+        let output = libraries.run("without_a_profiler_nothing_is_told", variables);
+        assert!(String::from_utf8_lossy(&output.stdout).contains(CLOSED), "{output:?}");
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    };
+    let listens = |library| ("NVTX_INJECTION64_PATH", library);
+    let to = ("NVTX_LOG", log.clone());
+    for library in ["missing.so", "libcuda.c", "libcuda.so"] {
+        assert_eq!(run(&[listens(libraries.path(library)), to.clone()]), "", "{library}");
+    }
+    assert_eq!(run(std::slice::from_ref(&to)), "");
+    // It refuses, because it does not know where to write.
+    assert_eq!(run(&[listens(profiler.clone())]), "");
+    assert!(!log.exists());
+    // One wants nothing, another fails when it is ready.
+    let idle = libraries.compile("idle", "int InitializeInjectionNvtx2(void* table) { return 1; }");
+    assert_eq!(run(&[listens(idle)]), "");
+    let failing = libraries.compile("failing", &PROFILER.replace("return 1;", "return 0;"));
+    assert_eq!(run(&[listens(failing), to.clone()]), "");
+    assert_eq!(std::fs::read_to_string(&log).unwrap(), "");
+    assert_eq!(run(&[listens(profiler), to]), "");
+    let stages: Vec<_> = Log::read(&log).stages.into_iter().map(|(name, _)| name).collect();
+    assert_eq!(stages, STAGES);
 }

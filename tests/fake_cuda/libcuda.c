@@ -1,19 +1,24 @@
 // A library with the functions that the GPU driver calls, over the host's memory: enough to see that they are
-// called in an order that a GPU would accept. Its kernel adds `add` to the number at `to`.
+// called in an order that a GPU would accept. Of the image "fake image" it has a kernel that adds `add` to the number
+// at `to`; of "fake model" it has every kernel, none of which computes: all tokens are 0, and all values finite.
+#include <fcntl.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 enum { OK = 0, INVALID = 1, OUT_OF_MEMORY = 2, NOT_FOUND = 500, CAPTURING = 900 };
-typedef struct { uint32_t* to; uint32_t add, unused; } Args;
+typedef struct { uint32_t* to; uint32_t add, zeros; } Args;  // what a launch does: set so many words, or add to one
 typedef struct { int capturing, pending; } Stream;
-typedef struct { int launches; Args args[64]; } Graph;
-typedef struct { Stream* after; } Event;
+typedef struct { int launches; Args args[1024]; } Graph;
+typedef struct { Stream* after; int timed; } Event;
+typedef struct { char name[64]; } Kernel;
 
 static __thread int current;  // whether this thread entered the context
 static Graph recorded;
 static void land(void);
+static void run(Args a) { if (a.zeros) memset(a.to, 0, 4 * a.zeros); else if (a.to) *a.to += a.add; }
 static long allocated, pinned, contexts, streams, graphs, modules;
 
 int cuInit(unsigned flags) { return flags ? INVALID : OK; }
@@ -53,7 +58,7 @@ int cuGraphDestroy(Graph* g) { graphs--; free(g); return OK; }
 int cuGraphExecDestroy(Graph* g) { graphs--; free(g); return OK; }
 int cuGraphLaunch(Graph* g, Stream* s) {
     land();
-    for (int i = 0; i < g->launches; i++) *g->args[i].to += g->args[i].add;
+    for (int i = 0; i < g->launches; i++) run(g->args[i]);
     return current && !s->capturing ? OK : INVALID;
 }
 int cuMemGetInfo_v2(size_t* f, size_t* t) { *t = 1 << 28, *f = *t - allocated; return current ? OK : INVALID; }
@@ -102,26 +107,54 @@ int cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t n, Stream* s) {
 }
 int cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t n, Stream* s) { land(); memcpy((void*)to, (void*)from, n); return current && !s->capturing ? OK : INVALID; }
 int cuMemsetD8Async(uint64_t to, unsigned char b, size_t n, Stream* s) { land(); memset((void*)to, b, n); return current && !s->capturing ? OK : INVALID; }
-int cuEventCreate(Event** e, unsigned flags) { *e = calloc(1, sizeof **e); return current && (flags == 2 || flags == 0) ? OK : INVALID; }
-int cuEventElapsedTime_v2(float* ms, Event* a, Event* b) { *ms = 1.5f; return current && a->after && b->after ? OK : INVALID; }
+int cuEventCreate(Event** e, unsigned flags) { *e = calloc(1, sizeof **e), (*e)->timed = !flags; return current && (flags == 2 || flags == 0) ? OK : INVALID; }
+// Every reading of the clock is known again: a millisecond and a half, and from reading to reading a hundredth more. It
+// goes to the file CUDA_LOG.
+int cuEventElapsedTime_v2(float* ms, Event* a, Event* b) {
+    static int readings;
+    *ms = 1.5f + 0.01f * (readings++ % 40);
+    int log = getenv("CUDA_LOG") ? open(getenv("CUDA_LOG"), O_WRONLY | O_APPEND | O_CREAT, 0644) : -1;
+    if (log >= 0) dprintf(log, "took %.9g\n", *ms), close(log);
+    return current && a->timed && b->timed && a->after && b->after ? OK : INVALID;
+}
 int cuEventDestroy_v2(Event* e) { free(e); return OK; }
 int cuEventRecord(Event* e, Stream* s) { e->after = s; return OK; }
-int cuEventSynchronize(Event* e) { if (e->after) land(); return current ? OK : INVALID; }
-int cuModuleLoadData(void** m, const void* image) { modules++; *m = &modules; return current && (uintptr_t)image % 8 == 0 && !memcmp(image, "fake", 4) ? OK : INVALID; }
-int cuModuleUnload(void* m) { modules--; return m == &modules && current ? OK : INVALID; }
-int cuModuleGetFunction(void** f, void* m, const char* name) {
-    // The other kernel empties caches before the clock starts; here there are none.
-    *f = strcmp(name, "sweep") ? (void*)&recorded : (void*)&modules;
-    return m != &modules ? INVALID : !strcmp(name, "add_bf16") || !strcmp(name, "sweep") ? OK : NOT_FOUND;
+// What the clock says has passed by then.
+int cuEventSynchronize(Event* e) { if (e->timed) usleep(2000); if (e->after) land(); return current ? OK : INVALID; }
+static char image_of[2];  // a module is one of these: that of the image, that of the model
+int cuModuleLoadData(void** m, const void* image) {
+    if (!current || (uintptr_t)image % 8) return INVALID;
+    modules++, *m = &image_of[!memcmp(image, "fake model", 10)];
+    return memcmp(image, "fake", 4) ? INVALID : OK;
 }
-int cuFuncSetAttribute(void* f, int a, int v) { return (f == &recorded || f == &modules) && a == 8 && v == 101376 ? OK : INVALID; }
-int cuLaunchKernel(void* f, unsigned x, unsigned y, unsigned z, unsigned bx, unsigned by, unsigned bz, unsigned shared, Stream* s,
+int cuModuleUnload(void* m) { modules--; return (m == &image_of[0] || m == &image_of[1]) && current ? OK : INVALID; }
+static Kernel kernels[64];
+static int is(const Kernel* f, const char* name) { return !strncmp(f->name, name, strlen(name)); }
+int cuModuleGetFunction(Kernel** f, char* m, const char* name) {
+    int known = m == &image_of[1] || !strcmp(name, "add_bf16") || !strcmp(name, "sweep"), i = 0;
+    if (m != &image_of[0] && m != &image_of[1]) return INVALID;
+    if (!known) return NOT_FOUND;
+    while (i < 64 && *kernels[i].name && strcmp(kernels[i].name, name)) i++;
+    if (i == 64 || strlen(name) >= sizeof kernels->name) return OUT_OF_MEMORY;
+    *f = &kernels[i], strcpy(kernels[i].name, name);
+    return OK;
+}
+int cuFuncSetAttribute(Kernel* f, int a, int v) { return f >= kernels && f < kernels + 64 && a == 8 && v == 101376 ? OK : INVALID; }
+int cuLaunchKernel(Kernel* f, unsigned x, unsigned y, unsigned z, unsigned bx, unsigned by, unsigned bz, unsigned shared, Stream* s,
                    void** params, void** extra) {
-    if (current && f == &modules) return bx == 512 ? OK : INVALID;
-    if (!current || f != &recorded || x * y * z != 6 || bx != 32 || by * bz != 1 || shared != 64 || extra) return INVALID;
+    if (!current || !x || !y || !z || !bx || bx > 1024 || by * bz != 1 || shared > 101376 || extra) return INVALID;
+    if (is(f, "sweep")) return bx == 512 ? OK : INVALID;  // it empties caches before the clock starts; here are none
     if ((uintptr_t)params[0] % 64) return INVALID;  // as a tensor map would need it
-    Args* args = params[0];
-    if (s->capturing) recorded.args[recorded.launches++] = *args;
-    else land(), *args->to += args->add;
+    Args args = {0};
+    if (is(f, "add_bf16")) {
+        if (x * y * z != 6 || bx != 32 || shared != 64) return INVALID;
+        args = *(Args*)params[0], args.zeros = 0;
+    }
+    // Its token, or its verdict, for each block.
+    if (is(f, "sample")) args.to = ((uint32_t**)params[0])[3], args.zeros = x;
+    if (is(f, "finite")) args.to = ((uint32_t**)params[0])[1], args.zeros = x;
+    if (s->capturing && recorded.launches == 1024) return OUT_OF_MEMORY;
+    if (s->capturing) recorded.args[recorded.launches++] = args;
+    else land(), run(args);
     return OK;
 }

@@ -122,6 +122,11 @@ struct GemmArgs {
 };
 static_assert(sizeof(GemmArgs) == 48, "as in backend/cuda/tile.rs");
 
+// Columns of y that there are in row `row` from column `col` on: none behind the last row.
+DEVICE int columns_left(const GemmArgs& args, uint32_t row, uint32_t col) {
+    return mask(row < args.rows) ? (int)args.cols - (int)col : 0;
+}
+
 struct Place {
     uint32_t row, col;
 };

@@ -49,12 +49,9 @@ template <class T, Activation act, bool whole> struct LinearOutput {
     struct Beside {
         float bias[4], residual[4];
     };
-    DEVICE int left(uint32_t row, uint32_t col) const {
-        return mask(row < args.gemm.rows) ? (int)args.gemm.cols - (int)col : 0;
-    }
     DEVICE Beside beside(uint32_t row, uint32_t col) const {
         Beside b = {};
-        const int left = this->left(row, col);
+        const int left = columns_left(args.gemm, row, col);
         if (!mask(left > 0)) return b;
         if (args.bias) load4<whole>(b.bias, args.bias + col, left);
         if (args.residual)
@@ -62,7 +59,7 @@ template <class T, Activation act, bool whole> struct LinearOutput {
         return b;
     }
     DEVICE void write(uint32_t row, uint32_t col, float (&y)[4], const Beside& b) const {
-        const int left = this->left(row, col);
+        const int left = columns_left(args.gemm, row, col);
         if (!mask(left > 0)) return;
         const int64_t at = (int64_t)row * args.gemm.cols + col;
         for (int e = 0; e < 4; e++) y[e] = activate(y[e] + b.bias[e], act) + b.residual[e];
@@ -76,7 +73,7 @@ template <class T, bool whole> struct GatedOutput : LinearOutput<T, NONE, whole>
     using Beside = typename LinearOutput<T, NONE, whole>::Beside;
 
     DEVICE void write(uint32_t row, uint32_t col, float (&y)[4], const Beside& b) const {
-        const int left = this->left(row, col);
+        const int left = columns_left(this->args.gemm, row, col);
         if (!mask(left > 0)) return;
         T* to = (T*)this->args.y + ((int64_t)row * this->args.gemm.cols + col) / 2;
         for (int e = 0; e < 4; e++) y[e] += b.bias[e];

@@ -21,6 +21,11 @@
 // blocks hide each other's beginnings and ends; where one is left in the last wave (4096 outputs are 512 tiles
 // on 264 places, 22016 are 10.4 waves) it keeps the pace alone. x is read by every block, from L1, which weights pass by.
 //
+// RmsNorm before it is a launch of its own (norm.cu), 1.8 us of a graph. Folded in, qkv of LLaMA-7B takes longer than both
+// launches, 27.8 us on an H200: rows normalised in shared memory by every block 32.1, by blocks that stay for several tiles
+// 28.6 to 29.7; gamma, and squares by mma, on x's way to the product 31.9 to 33.5, since whatever stands between the
+// loads and their use leaves fewer bytes in flight. Of gate and up, 45.7 us, the best is 49.6.
+//
 // Grid: [ceil(rows / 8 or 16), ceil(n / 8)], blocks of 512; the groups of rows of one tile are neighbours, so that all
 // but the first find its weights in L2. Shared: 512 bytes a row.
 #include "common.cuh"

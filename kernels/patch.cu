@@ -60,12 +60,9 @@ template <class T, bool whole> struct PatchOutput {
     struct Beside {
         float add[4];
     };
-    DEVICE int left(uint32_t row, uint32_t col) const {
-        return mask(row < args.gemm.rows) ? (int)args.gemm.cols - (int)col : 0;
-    }
     DEVICE Beside beside(uint32_t row, uint32_t col) const {
         Beside b = {};
-        const int left = this->left(row, col);
+        const int left = columns_left(args.gemm, row, col);
         if (!mask(left > 0)) return b;
         const uint32_t cols = args.gemm.cols, number = row % (args.across * args.across + 1);
         load4<whole>(b.add, args.positions + (int64_t)number * cols + col, left);
@@ -76,7 +73,7 @@ template <class T, bool whole> struct PatchOutput {
         return b;
     }
     DEVICE void write(uint32_t row, uint32_t col, float (&y)[4], const Beside& b) const {
-        const int left = this->left(row, col);
+        const int left = columns_left(args.gemm, row, col);
         if (!mask(left > 0)) return;
         for (int e = 0; e < 4; e++) y[e] += b.add[e];
         store4<whole>((T*)args.y + (int64_t)row * args.gemm.cols + col, y, left);

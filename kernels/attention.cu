@@ -5,10 +5,14 @@
 // Heads of up to 64, 80, 96 and 128 elements: E, to which others are padded with zeros in shared memory. A head is
 // a multiple of 8, so every row of it begins at 16 bytes.
 //
-// Grid [H, tiles of TILE rows, images], block 128. A block is one head's tile; a warp has 16 of its rows, and
-// all walk over tiles of KEYS positions, which begin at multiples of KEYS of the absolute position. While one is
-// worked on the next is on its way (cp.async, two stages). 577 rows of 16 heads are 160 blocks for the 132
-// multiprocessors of an H200; tiles of 128 rows would be 80, and leave a third of it idle.
+// Grid [H, tiles of TILE rows, images], a warp for each 16 of them. A block is one head's tile; all its warps walk over
+// tiles of KEYS positions, which begin at multiples of KEYS of the absolute position. While one is worked on the next is
+// on its way (cp.async, two stages).
+//
+// Tiles have 80 rows for heads of 64: 577 rows of 16 heads are then 128 blocks for the 132 multiprocessors of an H200,
+// 13.5 us; in tiles of 64 they are 160, and those that share a multiprocessor take 15.2. Not faster there, of the same
+// bits: scores of the next tile beside the softmax of this one, in three orders (13.7 to 17); three or four stages; two
+// warps that share fragments for 32 rows each (16.4). Slower too: warps in two groups with every other tile each (16.5).
 //
 // Rows of a paged call are of one or more sequences; where `starts` changes, a new one begins. A block takes the
 // sequences in its tile one after another, each over all of its keys: so no plan is needed on the host, at the
@@ -23,9 +27,10 @@
 // a LLaMA-7B layer of 640 rows 3.4 GFLOP, 10 us at that rate.
 #include "attention.cuh"
 
-constexpr int WARPS = 4;
-constexpr int TILE = WARPS * ROWS;  // query rows of a block
-constexpr int KEYS = WARPS * PAGE;  // positions of a tile: each warp copies a block of them
+template <int E> constexpr int WARPS = E <= 64 ? 5 : 4;
+template <int E> constexpr int TILE = WARPS<E> * ROWS;  // query rows of a block; attention.rs has the same numbers
+constexpr int COPIERS = 4;                              // warps that copy a page of a tile each
+constexpr int KEYS = COPIERS * PAGE;                    // positions of a tile
 
 struct AttentionArgs {
     const void* q;             // T: the first row of the first head
@@ -67,23 +72,27 @@ template <class T, int E> DEVICE void attend(const AttentionArgs& args, const Ru
     const int limit = run.seen(run.rows - 1), tiles = (limit + KEYS - 1) / KEYS;
     const int cols = args.head_dim;
 
-    // This warp's block of a tile is looked up a tile ahead, so that no copy waits for its page's number. Behind
-    // the last block there are no rows to copy, wherever they would be.
+    // This warp's block of a tile is looked up a tile ahead, so that no copy waits for its page's number: whatever is
+    // computed of it is computed there (prompts of 640 rows: 27.0 us to 24.6). Behind the last block there are no rows
+    // to copy, wherever they would be.
     auto find = [&](int tile) {
-        int block = min(tile * WARPS + warp_id(), (limit - 1) / PAGE);
-        return (run.table ? run.table[block] : block) * args.block_stride;
+        int block = min(tile * COPIERS + warp_id(), (limit - 1) / PAGE);
+        return run.table ? run.table[block] : block;
     };
     auto stage = [&](int tile) { return shared + tile % 2 * (2 * KEYS * ROW<E>); };
-    auto copy = [&](int tile, int64_t block) {
-        T* to = stage(tile) + warp_id() * PAGE * ROW<E>;
-        int rows = limit - (tile * WARPS + warp_id()) * PAGE;
-        copy_rows<T, E>(to, run.k + block, args.kv_stride, rows, cols);
-        copy_rows<T, E>(to + KEYS * ROW<E>, run.v + block, args.kv_stride, rows, cols);
+    auto copy = [&](int tile, int block) {
+        if (warp_id() < COPIERS) {
+            const int64_t from = block * args.block_stride;
+            T* to = stage(tile) + warp_id() * PAGE * ROW<E>;
+            int rows = limit - (tile * COPIERS + warp_id()) * PAGE;
+            copy_rows<T, E>(to, run.k + from, args.kv_stride, rows, cols);
+            copy_rows<T, E>(to + KEYS * ROW<E>, run.v + from, args.kv_stride, rows, cols);
+        }
         commit_copies();
     };
 
     copy(0, find(0));
-    int64_t next = find(1);
+    int next = find(1);
     Queries<T, E> queries;
     queries.load(run.q + (int64_t)first * args.q_stride, args.q_stride, run.rows - first, cols);
     queries.clear();
@@ -125,11 +134,14 @@ template <class T, int E> DEVICE void attend(const AttentionArgs& args, const Ru
     }
 }
 
-// The first row after `begin` whose page table is another one, or `end`; the same in all lanes.
-DEVICE int end_of_sequence(const int32_t* starts, int begin, int end) {
+// The first row after `begin` whose page table is not at `start`, or `end`; the same in all lanes. All of `starts` are
+// asked for at once, and together with `start` and the position.
+template <int E> DEVICE int end_of_sequence(const int32_t* starts, int start, int begin, int end) {
     int found = end;
-    for (int row = begin + lane_id(); row < end; row += WARP) {
-        if (row < found && starts[row] != starts[begin]) found = row;
+#pragma unroll
+    for (int i = 0; i < TILE<E>; i += WARP) {
+        int row = min(begin + i + lane_id(), end - 1);
+        if (starts[row] != start) found = min(found, row);
     }
 #pragma unroll
     for (int step = WARP / 2; step > 0; step /= 2) found = min(found, shuffle_xor(found, step));
@@ -140,8 +152,8 @@ template <class T, int E> DEVICE void attention(const AttentionArgs& args) {
     SHARED(shared);
     // Heads first, then tiles from the last: with a causal mask late rows are long, and long blocks go first.
     const int head = blockIdx.x, rows = args.rows;
-    int begin = (gridDim.y - 1 - blockIdx.y) * TILE;
-    const int end = min(begin + TILE, rows);
+    int begin = (gridDim.y - 1 - blockIdx.y) * TILE<E>;
+    const int end = min(begin + TILE<E>, rows);
     const int64_t image = (int64_t)blockIdx.z * rows;
     const int64_t kv = (int64_t)(head / args.group) * args.head_stride + image * args.kv_stride;
     while (begin < end) {
@@ -151,9 +163,10 @@ template <class T, int E> DEVICE void attention(const AttentionArgs& args) {
         run.k = (const T*)args.k + kv;
         run.v = (const T*)args.v + kv;
         if (args.tables) {
-            run.table = args.tables + args.starts[begin];
-            run.rows = end_of_sequence(args.starts, begin, end) - begin;
+            const int start = args.starts[begin];
             run.past = args.positions[begin];
+            run.table = args.tables + start;
+            run.rows = end_of_sequence<E>(args.starts, start, begin, end) - begin;
             run.total = -1;
         } else {
             run.table = nullptr;
@@ -167,8 +180,9 @@ template <class T, int E> DEVICE void attention(const AttentionArgs& args) {
     }
 }
 
-KERNEL(128, 3, attention_64_bf16, AttentionArgs) { attention<bf16, 64>(args); }
-KERNEL(128, 3, attention_64_f16, AttentionArgs) { attention<f16, 64>(args); }
+// 157 registers on sm_80 to 90, which two blocks of a multiprocessor have; sm_100 and 120 need 218 not to spill.
+KERNEL(160, 1, attention_64_bf16, AttentionArgs) { attention<bf16, 64>(args); }
+KERNEL(160, 1, attention_64_f16, AttentionArgs) { attention<f16, 64>(args); }
 KERNEL(128, 2, attention_80_bf16, AttentionArgs) { attention<bf16, 80>(args); }
 KERNEL(128, 2, attention_80_f16, AttentionArgs) { attention<f16, 80>(args); }
 KERNEL(128, 2, attention_96_bf16, AttentionArgs) { attention<bf16, 96>(args); }

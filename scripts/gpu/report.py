@@ -92,19 +92,22 @@ results = {
     "sanitizer": {tool: text(f"{tool}.log").splitlines()[-1:] for tool in SANITIZER},
     "torch": (objects("torch") or [[]])[0],
     "ops": (objects("ops") or [[]])[0],
-    "bench": objects("7b") + objects("7b-launches") + objects("7b-deep") + objects("13b"),
+    "bench": objects("7b") + objects("7b-deep") + objects("13b"),
+    # The same with every kernel launched anew, and with a picture that is small and no JPEG.
+    "anew": objects("7b-launches"),
+    "picture": objects("7b-picture"),
     "profile": profile(),
     "nvtx": ranges(),
 }
 (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
 
 lines = [f"{results['gpu_before']}; commit {results['commit']}; {results['date']}", ""]
-if results["bench"]:
+benches = [("", results["bench"]), (", launched anew", results["anew"]), (", a PNG of 448x448", results["picture"])]
+if any(rows for _, rows in benches):
     lines += ["| test | t/s | ms | floor ms | of ceiling | launches |", "| --- | ---: | ---: | ---: | ---: | ---: |"]
-for row in results["bench"]:
-    anew = " launched anew" if row["n_gen"] and not row["graph_replay"] else ""
+for how, row in [(how, row) for how, rows in benches for row in rows]:
     lines.append(
-        f"| {row['model_type']} {row['test']}{anew} | {row['avg_ts']:.1f} | {row['avg_ns'] / 1e6:.3f} |"
+        f"| {row['model_type']} {row['test']}{how} | {row['avg_ts']:.1f} | {row['avg_ns'] / 1e6:.3f} |"
         f" {row['floor_ms'] or 0:.3f} | {row['percent_of_ceiling'] or 0:.0f} % | {row['launches_per_step']:.0f} |"
     )
 for part in results["ops"]:

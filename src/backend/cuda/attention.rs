@@ -9,9 +9,10 @@ use crate::tensor::View;
 use bytemuck::NoUninit;
 use std::ops::Range;
 
+/// Threads of a block of decode.
 const THREADS: u32 = 128;
-/// Query rows of a block of many rows, and positions of one of its tiles.
-const TILE: usize = 64;
+/// Positions of a tile of keys, for blocks of many rows.
+const KEYS: usize = 64;
 /// Positions that one block of decode has in shared memory: part of the reduction order.
 const CHUNK: usize = 64;
 /// Query heads of a key head that one block of decode serves.
@@ -149,10 +150,11 @@ unsafe fn launch(device: &Device, args: &Args, heads: usize, images: usize) -> R
         return Ok(());
     }
     let (size, kernel, _) = padded(args.head_dim as usize);
-    let grid = [heads as u32, args.rows.div_ceil(TILE as u32), images as u32];
+    let warps = warps(size);
+    let grid = [heads as u32, args.rows.div_ceil(16 * warps), images as u32];
     let shared = prefill_shared(size) as u32;
     // SAFETY: the caller's obligation.
-    unsafe { device.launch(Launch { kernel, grid, block: THREADS, shared }, args) }
+    unsafe { device.launch(Launch { kernel, grid, block: 32 * warps, shared }, args) }
 }
 
 /// [`Op::PagedAttention`] of decode rows.
@@ -231,9 +233,14 @@ const fn shared_row(size: usize) -> usize {
     2 * (size + 8)
 }
 
+/// Warps of a block of many rows, each with sixteen of them: `WARPS` in attention.cu.
+const fn warps(size: usize) -> u32 {
+    if size <= 64 { 5 } else { 4 }
+}
+
 /// Two stages, each with a tile of keys and one of values.
 const fn prefill_shared(size: usize) -> usize {
-    2 * 2 * TILE * shared_row(size)
+    2 * 2 * KEYS * shared_row(size)
 }
 
 /// A chunk of keys and one of values, or what the warps found in them for 16 heads (`Found` in paged_decode.cu); and

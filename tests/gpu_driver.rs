@@ -112,7 +112,7 @@ fn drive() {
     assert_eq!(read(), 5);
     // What the made-up clock says first.
     let took = gpu.time(&mut || add(0)).unwrap().expect("a GPU's time");
-    assert!((took.as_secs_f64() - 1.5e-3).abs() < 1e-6, "{took:?}");
+    assert!((took.as_secs_f64() - 1.5e-5).abs() < 1e-8, "{took:?}");
     let recording = backend.device().record(&mut || {
         add(10)?;
         // Another thread's launch is none of this recording's.
@@ -140,10 +140,31 @@ fn drive() {
             .collect();
         assert!(recorders.into_iter().all(|recorder| recorder.join().unwrap().is_ok()));
     });
+    // Marks between launches, of a recording and after it, and of a recording that fails.
+    let marked = |fails: bool| {
+        backend.device().record(&mut || {
+            gpu.mark(0)?;
+            add(1)?;
+            gpu.mark(1)?;
+            add(2)?;
+            gpu.mark(2)?;
+            if fails { Err(tessera::Error::Cancelled) } else { Ok(()) }
+        })
+    };
+    assert!(matches!(marked(true), Err(tessera::Error::Cancelled)));
+    let recording = marked(false).unwrap();
+    // SAFETY: as above.
+    unsafe { recording.replay().unwrap() };
+    assert_eq!(gpu.between_marks(3).unwrap().len(), 2);
+    gpu.mark(0).unwrap();
+    add(1).unwrap();
+    gpu.mark(1).unwrap();
+    assert_eq!(gpu.between_marks(2).unwrap().len(), 1);
+    assert_eq!(read(), 199);
     let failed = backend.device().record(&mut || Err(tessera::Error::Cancelled));
     assert!(matches!(failed, Err(tessera::Error::Cancelled)));
     add(1).unwrap();
-    assert_eq!(read(), 196, "after a recording that failed, launches run");
+    assert_eq!(read(), 200, "after a recording that failed, launches run");
     let wrong = Launch { kernel: "multiply", ..launch };
     // SAFETY: nothing is launched.
     let error = unsafe { backend.device().launch(wrong, &args(1)) }.unwrap_err().to_string();
@@ -184,7 +205,7 @@ fn what_is_missing_is_told() {
 #[test]
 fn what_is_called_is_probed() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/backend/cuda");
-    let files = ["library.rs", "gpu.rs", "staging.rs", "clock.rs"];
+    let files = ["library.rs", "gpu.rs", "staging.rs", "clock.rs", "marks.rs"];
     let texts = files.map(|file| std::fs::read_to_string(folder.join(file)).unwrap());
     let lists = texts.iter().filter_map(|text| text.split("const FUNCTIONS").nth(1)?.split("];").next());
     let probed: String = lists.collect();
@@ -223,13 +244,15 @@ const PROFILER: &str = include_str!("../scripts/gpu/nvtx.c");
 struct Log {
     /// Ranges that are not inside another, and those that they hold.
     stages: Vec<(String, Vec<String>)>,
-    /// The range that ended last before each reading of the clock, and what it read, in microseconds.
-    times: Vec<(String, f64)>,
+    /// What the clock read, in microseconds.
+    times: Vec<f64>,
+    /// Recordings that were replayed.
+    replays: usize,
 }
 
 impl Log {
     fn read(path: &Path) -> Self {
-        let (mut log, mut open, mut last) = (Log::default(), Vec::<String>::new(), String::new());
+        let (mut log, mut open) = (Log::default(), Vec::<String>::new());
         for line in std::fs::read_to_string(path).unwrap().lines() {
             match line.split_once(' ') {
                 Some(("push", name)) => {
@@ -240,8 +263,9 @@ impl Log {
                     }
                     open.push(name.into());
                 }
-                Some(("took", ms)) => log.times.push((last.clone(), 1e3 * ms.parse::<f64>().unwrap())),
-                _ if line == "pop" => last = open.pop().expect("no more ranges end than begin"),
+                Some(("took", ms)) => log.times.push(1e3 * ms.parse::<f64>().unwrap()),
+                Some(("replay", _)) => log.replays += 1,
+                _ if line == "pop" => drop(open.pop().expect("no more ranges end than begin")),
                 _ => panic!("{line}"),
             }
         }
@@ -310,15 +334,39 @@ fn a_profile_is_timed_by_the_gpu_and_seen_by_a_profiler() {
     // The last run is the one that is shown.
     let log = Log::read(&log);
     assert!(log.times.len() > 3 * ops.len(), "other runs were watched too");
-    for ((name, begin, end), (range, took)) in ops.iter().rev().zip(log.times.iter().rev()) {
-        assert!(name == range && (end - begin - took).abs() < 0.01, "{name} {begin} {end}, {range} {took}");
+    for ((name, begin, end), took) in ops.iter().rev().zip(log.times.iter().rev()) {
+        assert!((end - begin - took).abs() < 0.01, "{name} {begin} {end}, {took}");
     }
     let shown = &log.stages[log.stages.len() - STAGES.len()..];
     let (names, nodes): (Vec<_>, Vec<_>) = shown.iter().map(|(name, nodes)| (name.as_str(), nodes)).unzip();
     assert_eq!(names, STAGES, "{stages:?}");
     assert!(nodes.into_iter().flatten().eq(ops.iter().map(|(name, ..)| name)));
-    // Replayed steps of the other runs are one range each.
+    // Replayed steps of the runs that were not watched are one range each.
     assert!(log.stages.iter().any(|(name, nodes)| name == "decode" && nodes.is_empty()));
+}
+
+/// Where no profiler listens, steps are replayed while they are watched, and timed op by op all the same.
+#[test]
+fn a_profile_times_what_is_replayed() {
+    if inside() {
+        return profile(Path::new(&std::env::var_os("TRACE").unwrap()));
+    }
+    let libraries = Libraries::new(WHOLE);
+    let (file, log) = (libraries.path("trace.json"), libraries.path("log"));
+    let output = libraries
+        .run("a_profile_times_what_is_replayed", &[("TRACE", file.clone()), ("CUDA_LOG", log.clone())]);
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(text.contains(CLOSED), "{text}");
+    let trace: Value = serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap();
+    let (stages, layers, ops) = (spans(&trace, "stages"), spans(&trace, "layers"), spans(&trace, "ops"));
+    assert_nested([&stages, &layers, &ops]);
+    let log = Log::read(&log);
+    for ((name, begin, end), took) in ops.iter().rev().zip(log.times.iter().rev()) {
+        assert!((end - begin - took).abs() < 0.01, "{name} {begin} {end}, {took}");
+    }
+    // Of every run, watched or not, tower, projector and decode steps; but the first of each kind, which is recorded.
+    let runs = log.times.len() / ops.len();
+    assert!(runs >= 3 && log.replays > 6 * runs, "{runs} runs were watched, {} replays", log.replays);
 }
 
 /// Any run is seen, not only a profile; where no profiler listens, or one that cannot, nothing is different.

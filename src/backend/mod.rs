@@ -246,6 +246,27 @@ pub trait Backend: Send + Sync {
         Ok(start.elapsed())
     }
 
+    /// Whether this device has marks: what is done without a pause can then be timed all the same.
+    fn marks(&self) -> bool {
+        false
+    }
+
+    /// Marks the moment when the op that was started last is done, as the `at`-th mark; in a recording, at each replay.
+    ///
+    /// # Errors
+    /// [`Error::Device`](crate::Error::Device).
+    fn mark(&self, _at: usize) -> Result<()> {
+        Ok(())
+    }
+
+    /// The times from each of the first `count` marks to the next, which it waits for.
+    ///
+    /// # Errors
+    /// [`Error::Device`](crate::Error::Device).
+    fn between_marks(&self, _count: usize) -> Result<Vec<Duration>> {
+        Ok(Vec::new())
+    }
+
     /// What has been done so far, on a device that counts: the emulated one, where nothing is timed.
     fn counts(&self) -> Option<Counts> {
         None
@@ -256,6 +277,11 @@ pub trait Backend: Send + Sync {
 
     /// Ends the range that began last.
     fn end_range(&self) {}
+
+    /// Whether a profiler is told of ranges.
+    fn is_listened_to(&self) -> bool {
+        false
+    }
 
     /// From now on each thread that computes writes down when it worked, the first `capacity` times; 0 stops it.
     fn watch_threads(&self, _capacity: usize) {}

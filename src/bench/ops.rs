@@ -6,7 +6,7 @@ use super::plan::Test;
 use super::trace::{OpTime, summary};
 use crate::backend::{Backend, Ceilings};
 use crate::error::Result;
-use crate::graph::{Control, Executor, GraphBuilder, Plan};
+use crate::graph::{Control, Executor, GraphBuilder, Plan, Timing};
 use crate::op::{Activation, Op};
 use crate::runtime::Engine;
 use crate::tensor::{Bindings, DType, Rows, Storage, TensorType, Weight, WeightBytes};
@@ -34,7 +34,7 @@ pub fn time_ops(
     let nodes =
         session.language().graph().nodes.len() + session.vision().map_or(0, |v| v.graph().nodes.len());
     let filling = depth.div_ceil(session.prefill_chunk());
-    engine.session_mut().trace(nodes * (steps + filling) * timed.max(1));
+    engine.session_mut().trace(nodes * (steps + filling) * timed.max(1), Timing::Alone);
     let done = measure(engine, test, (0, timed.max(1)), None);
     let session = engine.session();
     let generates = matches!(test, Test::Text { prompt: 0, .. });
@@ -42,7 +42,7 @@ pub fn time_ops(
         (Test::Image { .. }, Some(vision)) => summary(vision, ceilings, |_| true),
         _ => summary(session.language(), ceilings, |span| generates == (span.bindings.decode > 0)),
     };
-    engine.session_mut().trace(0);
+    engine.session_mut().trace(0, Timing::Alone);
     done.map(|_| ops)
 }
 
@@ -84,7 +84,7 @@ pub fn time_linear(
     executor.write(x, &zeros)?;
     let control = Control::default();
     for (runs, timed) in [(repetitions.0.max(1), false), (repetitions.1.max(1), true)] {
-        executor.trace(if timed { copies * runs } else { 0 });
+        executor.trace(if timed { copies * runs } else { 0 }, Timing::Alone);
         for _ in 0..runs {
             // SAFETY: the graph has no index inputs and no states, and nobody else has its arena.
             unsafe { executor.run(&bindings, &control)? };

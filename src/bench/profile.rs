@@ -4,7 +4,7 @@ use super::stats::{self, Ratio};
 use super::trace::{self, Event, OpTime, Track};
 use crate::backend::Ceilings;
 use crate::error::Result;
-use crate::graph::{Executor, Span};
+use crate::graph::{Executor, Span, Timing};
 use crate::input::prompt::Message;
 use crate::runtime::{Engine, Input, Request};
 use serde_json::json;
@@ -41,8 +41,7 @@ pub struct Profile {
 pub enum Clock {
     /// Of the processor, which computes.
     Host,
-    /// A GPU's own, between two events around each op, whose caches were emptied before; when the op was asked for is
-    /// the host's time.
+    /// A GPU's own, between marks behind each op; when the step was asked for is the host's time.
     Device,
     /// Nobody's: the emulated device has none.
     Unread,
@@ -214,7 +213,7 @@ fn step_name(executor: &Executor, span: &Span) -> String {
 
 /// Watches both graphs and all threads from now on, or stops.
 fn watch(engine: &mut Engine, spans: usize) {
-    engine.session_mut().trace(spans);
+    engine.session_mut().trace(spans, Timing::Running);
     // An op is one run of the pool, or a few.
     engine.model().backend().watch_threads(4 * spans);
 }

@@ -23,14 +23,24 @@ const MAX_INS: usize = 8;
 const MAX_WEIGHTS: usize = 8 + 2 * crate::op::MAX_PAIRS;
 const MAX_OUTS: usize = 2;
 
+/// How nodes are timed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Timing {
+    /// One by one: each waits for the one before, and finds nothing in a GPU's caches ([`Backend::time`]).
+    Alone,
+    /// As they follow each other when nobody watches, recorded steps included, where the device can
+    /// ([`Backend::mark`]); else one by one.
+    Running,
+}
+
 /// When a node ran, and on what.
 #[derive(Clone, Copy, Debug)]
 pub struct Span {
     /// Its place in the graph.
     pub node: usize,
-    /// When the device was asked.
+    /// When the device was asked; of running nodes, when the step was, and then what those before it took.
     pub start: Instant,
-    /// How long the device took.
+    /// How long the device took; of running nodes, from the end of the one before.
     pub took: Duration,
     /// The row counts of the step.
     pub bindings: Bindings,
@@ -51,6 +61,8 @@ struct Repeatable {
     tokens: usize,
     outputs: usize,
     images: usize,
+    /// Whether there are marks between the nodes.
+    marked: bool,
 }
 
 /// How far a recording has come.
@@ -80,6 +92,9 @@ pub struct Executor {
     addrs: Vec<usize>,
     /// Where nodes write down when they ran, if anyone wants to know. Never grown while a step runs.
     spans: Vec<Span>,
+    timing: Timing,
+    /// Whether the nodes that run are marked.
+    marked: bool,
     /// What the next step touches of the KV cache, for spans.
     kv: KvExtent,
     recordings: Vec<(Repeatable, Recorded)>,
@@ -133,6 +148,8 @@ impl Executor {
             arena,
             addrs,
             spans,
+            timing: Timing::Running,
+            marked: false,
             kv,
             recordings,
             records,
@@ -170,8 +187,8 @@ impl Executor {
 
     /// Writes down from now on when nodes run, the first `capacity` of them; 0 stops it. It costs two
     /// readings of the clock a node.
-    pub fn trace(&mut self, capacity: usize) {
-        self.spans = Vec::with_capacity(capacity);
+    pub fn trace(&mut self, capacity: usize, timing: Timing) {
+        (self.spans, self.timing) = (Vec::with_capacity(capacity), timing);
     }
 
     /// What has been written down since [`trace`](Executor::trace).
@@ -345,16 +362,32 @@ impl Executor {
     /// # Safety
     /// As for [`run`](Executor::run).
     unsafe fn run_any(&mut self, nodes: Range<usize>, bindings: &Bindings, control: &Control) -> Result<()> {
-        if self.spans.len() < self.spans.capacity() {
+        let watched = self.spans.len() < self.spans.capacity();
+        self.marked = watched && self.timing == Timing::Running && self.backend.marks();
+        if watched && !self.marked {
             // SAFETY: passed on from the caller.
             return unsafe { self.run_timed(nodes, bindings, control) };
         }
+        let start = Instant::now();
         match self.repeatable(&nodes, bindings) {
             // SAFETY: passed on from the caller.
-            Some(key) => unsafe { self.repeat(key, bindings, control) },
+            Some(key) => unsafe { self.repeat(key, bindings, control)? },
             // SAFETY: passed on from the caller.
-            None => unsafe { self.run_each(nodes, bindings, control) },
+            None => unsafe { self.run_each(nodes.clone(), bindings, control)? },
         }
+        if self.marked { self.read_marks(nodes, start, bindings) } else { Ok(()) }
+    }
+
+    /// Writes down what the marks of a step say.
+    fn read_marks(&mut self, nodes: Range<usize>, mut start: Instant, bindings: &Bindings) -> Result<()> {
+        let times = self.backend.between_marks(nodes.len() + 1)?;
+        for (node, took) in nodes.zip(times) {
+            if self.spans.len() < self.spans.capacity() {
+                self.spans.push(Span { node, start, took, bindings: *bindings, kv: self.kv });
+            }
+            start += took;
+        }
+        Ok(())
     }
 
     /// Runs nodes one by one.
@@ -362,6 +395,9 @@ impl Executor {
     /// # Safety
     /// As for [`run`](Executor::run).
     unsafe fn run_each(&self, nodes: Range<usize>, bindings: &Bindings, control: &Control) -> Result<()> {
+        let first = nodes.start;
+        let mark = |at| if self.marked { self.backend.mark(at) } else { Ok(()) };
+        mark(0)?;
         for node in nodes {
             if control.is_cancelled() {
                 return Err(Error::Cancelled);
@@ -371,6 +407,7 @@ impl Executor {
             let done = unsafe { self.run_node(node, bindings) };
             self.backend.end_range();
             done?;
+            mark(node - first + 1)?;
             control.advance(1);
         }
         Ok(())
@@ -380,8 +417,11 @@ impl Executor {
     fn repeatable(&self, nodes: &Range<usize>, bindings: &Bindings) -> Option<Repeatable> {
         let Bindings { tokens, decode, outputs, decode_outputs, images, .. } = *bindings;
         let decode_step = (tokens, outputs) == (decode, decode_outputs) && tokens <= MAX_RECORDED_ROWS;
-        let worth = self.records && (images > 0 || decode_step);
-        worth.then(|| Repeatable { nodes: nodes.clone(), tokens, outputs, images })
+        // A profiler that is told of ranges sees every node of a step that is watched.
+        let marked = self.marked;
+        let seen = marked && self.backend.is_listened_to();
+        let worth = self.records && !seen && (images > 0 || decode_step);
+        worth.then(|| Repeatable { nodes: nodes.clone(), tokens, outputs, images, marked })
     }
 
     /// Runs nodes one by one and writes down how long each took.

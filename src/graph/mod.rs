@@ -10,7 +10,7 @@ mod exec;
 mod plan;
 
 pub use control::Control;
-pub use exec::{Executor, Span};
+pub use exec::{Executor, Span, Timing};
 pub use plan::Plan;
 
 use crate::backend::{Backend, Prepared};

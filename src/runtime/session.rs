@@ -14,7 +14,7 @@ use super::vision::{Encoded, Encoder, Pixels};
 use crate::backend::Buffer;
 use crate::backend::cpu::usable_memory;
 use crate::error::{Error, Result};
-use crate::graph::{Control, Executor};
+use crate::graph::{Control, Executor, Timing};
 use crate::model::llama::Llama;
 use crate::op::{KvExtent, PAGE};
 use crate::tensor::Bindings;
@@ -303,10 +303,10 @@ impl Session {
     }
 
     /// Writes down when nodes run, so many of each graph; 0 stops it. See [`Executor::spans`].
-    pub fn trace(&mut self, capacity: usize) {
-        self.language.trace(capacity);
+    pub fn trace(&mut self, capacity: usize, timing: Timing) {
+        self.language.trace(capacity, timing);
         if let Some(vision) = &mut self.vision {
-            vision.trace(capacity);
+            vision.trace(capacity, timing);
         }
     }
 

@@ -9,7 +9,7 @@ use super::session::non_finite;
 use super::size::SessionOptions;
 use crate::backend::Buffer;
 use crate::error::{Error, Result};
-use crate::graph::{Control, Executor, Plan};
+use crate::graph::{Control, Executor, Plan, Timing};
 use crate::input::image::NEWLINE;
 use crate::model::llava::{Assembly, Vision};
 use crate::tensor::Bindings;
@@ -97,8 +97,8 @@ impl Encoder {
     }
 
     /// Writes down when nodes run; see [`Executor::trace`].
-    pub fn trace(&mut self, capacity: usize) {
-        self.executor.trace(capacity);
+    pub fn trace(&mut self, capacity: usize, timing: Timing) {
+        self.executor.trace(capacity, timing);
     }
 
     /// Nodes that run for a picture of so many squares.

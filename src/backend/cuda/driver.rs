@@ -129,6 +129,22 @@ pub trait Driver: Send + Sync {
     /// time means nothing.
     fn time(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Option<Duration>>;
 
+    /// Whether there are marks; see [`Backend::mark`](crate::backend::Backend::mark).
+    fn marks(&self) -> bool {
+        false
+    }
+
+    /// Marks the moment when the launch that was asked for last is done; what follows does not wait for it. The marks of
+    /// a device are one session's at a time.
+    fn mark(&self, _at: usize) -> Result<()> {
+        Ok(())
+    }
+
+    /// The times from each of the first `count` marks to the next.
+    fn between_marks(&self, _count: usize) -> Result<Vec<Duration>> {
+        Ok(Vec::new())
+    }
+
     /// Records the launches that `work` makes on this thread, instead of running them. Meanwhile `work` asks
     /// for nothing but launches of kernels that ran before. Threads that record take turns.
     fn record(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Box<dyn Recording>>;

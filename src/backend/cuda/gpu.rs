@@ -4,6 +4,7 @@ use super::ceiling::SWEEP;
 use super::clock::Clock;
 use super::driver::{Driver, Kernel, Limits, Shape};
 use super::library::{ask, check, library};
+use super::marks::Marks;
 use super::staging::{Landing, PINNED, Staging};
 use crate::backend::Recording;
 use crate::error::{Error, Result};
@@ -116,6 +117,7 @@ struct Context {
     staging: Mutex<Option<Staging>>,
     landing: Mutex<Option<Landing>>,
     clock: Mutex<Option<Clock>>,
+    marks: Mutex<Option<Marks>>,
 }
 
 // SAFETY: the driver's handles may be used from any thread whose current context is theirs (`enter`).
@@ -174,6 +176,7 @@ impl Context {
             staging: Mutex::new(None),
             landing: Mutex::new(None),
             clock: Mutex::new(None),
+            marks: Mutex::new(None),
         };
         this.enter()?;
         for stream in [&mut this.stream, &mut this.recorder] {
@@ -210,6 +213,12 @@ impl Context {
         *self.recording.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Where this thread's work goes, and whether it is recorded there.
+    fn stream(&self) -> (sys::CUstream, bool) {
+        let recorded = self.recording_thread() == Some(std::thread::current().id());
+        (if recorded { self.recorder } else { self.stream }, recorded)
+    }
+
     fn synchronize(&self) -> Result<(), String> {
         // SAFETY: the stream is ours and lives.
         check("cuStreamSynchronize", unsafe { sys::cuStreamSynchronize(self.stream) })
@@ -227,6 +236,10 @@ impl Context {
             check("cuStreamBeginCapture", unsafe { sys::cuStreamBeginCapture_v2(self.recorder, mode) });
         self.named(begun)?;
         let done = work();
+        let mut marks = self.marks.lock().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: the context is current, the stream lives and records.
+        let joined = marks.as_mut().map_or(Ok(()), |marks| unsafe { marks.join(self.recorder) });
+        let done = done.and(self.named(joined));
         // SAFETY: the capture began on this stream and thread. A graph comes back only if all went well.
         let graph = ask("cuStreamEndCapture", |g| unsafe { sys::cuStreamEndCapture(self.recorder, g) });
         let graph = match self.named(graph) {
@@ -269,6 +282,7 @@ impl Drop for Context {
         *self.staging.get_mut().unwrap_or_else(PoisonError::into_inner) = None;
         *self.landing.get_mut().unwrap_or_else(PoisonError::into_inner) = None;
         *self.clock.get_mut().unwrap_or_else(PoisonError::into_inner) = None;
+        *self.marks.get_mut().unwrap_or_else(PoisonError::into_inner) = None;
         for &module in &self.modules {
             // SAFETY: loaded by `open`; all work is done, and no kernel of it can be launched any more.
             let _ = unsafe { sys::cuModuleUnload(module) };
@@ -430,8 +444,7 @@ impl Driver for Gpu {
     unsafe fn launch(&self, kernel: Kernel, shape: Shape, args: &[u8]) -> Result<()> {
         let this = &self.0;
         this.named(this.enter())?;
-        let recorded = this.recording_thread() == Some(std::thread::current().id());
-        let stream = if recorded { this.recorder } else { this.stream };
+        let (stream, _) = this.stream();
         let Shape { grid: [x, y, z], block, shared } = shape;
         let mut params = [args.as_ptr() as *mut c_void];
         // SAFETY: `kernel` is a function that `kernel()` gave; it has one parameter, whose bytes the library
@@ -459,6 +472,29 @@ impl Driver for Gpu {
         work()?;
         // SAFETY: as above.
         this.named(unsafe { clock.end(this.stream) }).map(Some)
+    }
+
+    fn marks(&self) -> bool {
+        true
+    }
+
+    fn mark(&self, at: usize) -> Result<()> {
+        let this = &self.0;
+        this.named(this.enter())?;
+        let mut marks = this.marks.lock().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: the context is current, and the marks are dropped before it.
+        let marks = this.named(made(&mut marks, || unsafe { Marks::new() }))?;
+        let (stream, recorded) = this.stream();
+        // SAFETY: the context is current, the stream lives.
+        this.named(unsafe { marks.mark(at, stream, recorded) })
+    }
+
+    fn between_marks(&self, count: usize) -> Result<Vec<Duration>> {
+        let this = &self.0;
+        this.named(this.enter())?;
+        let marks = this.marks.lock().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: the context is current.
+        marks.as_ref().map_or(Ok(Vec::new()), |marks| this.named(unsafe { marks.between(count) }))
     }
 
     fn record(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Box<dyn Recording>> {

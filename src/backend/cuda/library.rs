@@ -53,7 +53,9 @@ fn load() -> Result<(), String> {
     if !unsafe { sys::is_culib_present() } {
         return Err("no NVIDIA driver: the library libcuda is not installed".into());
     }
-    for name in FUNCTIONS.iter().chain(&super::staging::FUNCTIONS).chain(&super::clock::FUNCTIONS) {
+    let of_rooms =
+        super::staging::FUNCTIONS.iter().chain(&super::clock::FUNCTIONS).chain(&super::marks::FUNCTIONS);
+    for name in FUNCTIONS.iter().chain(of_rooms) {
         // SAFETY: `culib` loads what was just found; the symbol is looked at and not called.
         let found = unsafe { sys::culib().get::<*const c_void>(name.as_bytes()).is_ok() };
         if !found {

@@ -22,6 +22,7 @@ pub mod gpu;
 pub mod ledger;
 mod library;
 mod linear;
+mod marks;
 mod matvec;
 mod norm;
 mod nvtx;
@@ -174,6 +175,18 @@ impl Backend for CudaBackend {
         Ok(self.device.driver().time(work)?.unwrap_or_default())
     }
 
+    fn marks(&self) -> bool {
+        self.device.driver().marks()
+    }
+
+    fn mark(&self, at: usize) -> Result<()> {
+        self.device.driver().mark(at)
+    }
+
+    fn between_marks(&self, count: usize) -> Result<Vec<Duration>> {
+        self.device.driver().between_marks(count)
+    }
+
     fn counts(&self) -> Option<Counts> {
         self.device.driver().counts()
     }
@@ -184,6 +197,10 @@ impl Backend for CudaBackend {
 
     fn end_range(&self) {
         nvtx::end();
+    }
+
+    fn is_listened_to(&self) -> bool {
+        nvtx::listening()
     }
 
     fn available(&self) -> Result<Option<u64>> {

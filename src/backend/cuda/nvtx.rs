@@ -99,7 +99,7 @@ unsafe extern "C" fn functions(module: c_int, slots: *mut *const Slot, count: *m
 }
 
 /// Lets a profiler write its functions, once a process; whether one listens.
-fn listening() -> bool {
+pub fn listening() -> bool {
     static LISTENING: OnceLock<bool> = OnceLock::new();
     *LISTENING.get_or_init(|| {
         let path = std::env::var("NVTX_INJECTION64_PATH").ok().and_then(|path| CString::new(path).ok());

@@ -9,6 +9,7 @@
 //! step to step (ids, positions, page tables) is read from device memory. Where recording fails, steps go on node by
 //! node ([`Executor::unrecorded`]).
 
+use super::watch::{Span, Timing};
 use super::{Control, Graph, Plan, Source, ValueId};
 use crate::backend::{Backend, Buffer, Call, Recording};
 use crate::error::{Error, Result};
@@ -16,37 +17,12 @@ use crate::op::KvExtent;
 use crate::tensor::{Bindings, DType, View};
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 /// Most operands any op has.
 const MAX_INS: usize = 8;
 const MAX_WEIGHTS: usize = 8 + 2 * crate::op::MAX_PAIRS;
 const MAX_OUTS: usize = 2;
-
-/// How nodes are timed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Timing {
-    /// One by one: each waits for the one before, and finds nothing in a GPU's caches ([`Backend::time`]).
-    Alone,
-    /// As they follow each other when nobody watches, recorded steps included, where the device can
-    /// ([`Backend::mark`]); else one by one.
-    Running,
-}
-
-/// When a node ran, and on what.
-#[derive(Clone, Copy, Debug)]
-pub struct Span {
-    /// Its place in the graph.
-    pub node: usize,
-    /// When the device was asked; of running nodes, when the step was, and then what those before it took.
-    pub start: Instant,
-    /// How long the device took; of running nodes, from the end of the one before.
-    pub took: Duration,
-    /// The row counts of the step.
-    pub bindings: Bindings,
-    /// What the step touched of the KV cache.
-    pub kv: KvExtent,
-}
 
 /// Decode steps of more rows than this run node by node: their launches take longer than asking for them does.
 pub const MAX_RECORDED_ROWS: usize = 8;
@@ -85,18 +61,18 @@ fn stage(bindings: &Bindings) -> &'static str {
 /// A planned graph over an arena.
 pub struct Executor {
     graph: Arc<Graph>,
-    backend: Arc<dyn Backend>,
+    pub(super) backend: Arc<dyn Backend>,
     plan: Plan,
     arena: Arc<Buffer>,
     /// The address of each value.
     addrs: Vec<usize>,
     /// Where nodes write down when they ran, if anyone wants to know. Never grown while a step runs.
-    spans: Vec<Span>,
-    timing: Timing,
+    pub(super) spans: Vec<Span>,
+    pub(super) timing: Timing,
     /// Whether the nodes that run are marked.
     marked: bool,
     /// What the next step touches of the KV cache, for spans.
-    kv: KvExtent,
+    pub(super) kv: KvExtent,
     recordings: Vec<(Repeatable, Recorded)>,
     records: bool,
     unrecorded: Option<Error>,
@@ -183,17 +159,6 @@ impl Executor {
     /// Why nothing is recorded, on a device that tried and failed.
     pub fn unrecorded(&self) -> Option<&Error> {
         self.unrecorded.as_ref()
-    }
-
-    /// Writes down from now on when nodes run, the first `capacity` of them; 0 stops it. It costs two
-    /// readings of the clock a node.
-    pub fn trace(&mut self, capacity: usize, timing: Timing) {
-        (self.spans, self.timing) = (Vec::with_capacity(capacity), timing);
-    }
-
-    /// What has been written down since [`trace`](Executor::trace).
-    pub fn spans(&self) -> &[Span] {
-        &self.spans
     }
 
     /// Says what the next step touches of the KV cache, for those who count its work.
@@ -376,18 +341,6 @@ impl Executor {
             None => unsafe { self.run_each(nodes.clone(), bindings, control)? },
         }
         if self.marked { self.read_marks(nodes, start, bindings) } else { Ok(()) }
-    }
-
-    /// Writes down what the marks of a step say.
-    fn read_marks(&mut self, nodes: Range<usize>, mut start: Instant, bindings: &Bindings) -> Result<()> {
-        let times = self.backend.between_marks(nodes.len() + 1)?;
-        for (node, took) in nodes.zip(times) {
-            if self.spans.len() < self.spans.capacity() {
-                self.spans.push(Span { node, start, took, bindings: *bindings, kv: self.kv });
-            }
-            start += took;
-        }
-        Ok(())
     }
 
     /// Runs nodes one by one.

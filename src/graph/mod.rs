@@ -8,10 +8,12 @@ mod control;
 pub mod diff;
 mod exec;
 mod plan;
+mod watch;
 
 pub use control::Control;
-pub use exec::{Executor, Span, Timing};
+pub use exec::Executor;
 pub use plan::Plan;
+pub use watch::{Span, Timing};
 
 use crate::backend::{Backend, Prepared};
 use crate::error::Result;

@@ -72,9 +72,9 @@
 //! - **Bad input is a typed [`Error`]**: never a panic, never an abort, and never another sequence's problem.
 //! - **`unsafe` lives in few files**, each block with the obligation it has and who meets it.
 //!
-//! No two models or sessions share anything that changes, and the library reads no environment variables. (The
-//! command line finds the cache of Hugging Face by those that Hugging Face has for it: `HF_HUB_CACHE`, `HF_HOME`,
-//! `XDG_CACHE_HOME`; on a GPU a profiler says by `NVTX_INJECTION64_PATH` that it wants to be told of ranges.)
+//! No two models or sessions share anything that changes, and the library reads no environment variables but, on a
+//! GPU, `NVTX_INJECTION64_PATH`, by which a profiler says that it wants to be told of ranges. (The command line finds the
+//! cache of Hugging Face by those that Hugging Face has for it: `HF_HUB_CACHE`, `HF_HOME`, `XDG_CACHE_HOME`.)
 //!
 //! # The life of a request
 //!

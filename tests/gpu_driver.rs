@@ -32,7 +32,7 @@ fn a_whole_library_is_driven() {
 }
 
 /// Nothing is left behind when the device is closed.
-const CLOSED: &str = "left: 0 bytes, 0 pinned, 0 streams, 0 graphs, 0 modules, 0 contexts";
+const CLOSED: &str = "left: 0 bytes, 0 pinned, 0 streams, 0 events, 0 graphs, 0 modules, 0 contexts";
 
 #[repr(C)]
 #[derive(Clone, Copy, bytemuck::NoUninit)]
@@ -364,9 +364,10 @@ fn a_profile_times_what_is_replayed() {
     for ((name, begin, end), took) in ops.iter().rev().zip(log.times.iter().rev()) {
         assert!((end - begin - took).abs() < 0.01, "{name} {begin} {end}, {took}");
     }
-    // Of every run, watched or not, tower, projector and decode steps; but the first of each kind, which is recorded.
+    // Tower, projector and both decode steps of every run, watched or not, but the first of each kind. Were steps not
+    // replayed while they are watched, it would be half of that.
     let runs = log.times.len() / ops.len();
-    assert!(runs >= 3 && log.replays > 6 * runs, "{runs} runs were watched, {} replays", log.replays);
+    assert!(runs >= 5 && log.replays > 6 * runs, "{runs} runs were watched, {} replays", log.replays);
 }
 
 /// Any run is seen, not only a profile; where no profiler listens, or one that cannot, nothing is different.

@@ -252,6 +252,7 @@ pub trait Backend: Send + Sync {
     }
 
     /// Marks the moment when the op that was started last is done, as the `at`-th mark; in a recording, at each replay.
+    /// A device has one row of marks: one session at a time is timed by them.
     ///
     /// # Errors
     /// [`Error::Device`](crate::Error::Device).
@@ -259,7 +260,7 @@ pub trait Backend: Send + Sync {
         Ok(())
     }
 
-    /// The times from each of the first `count` marks to the next, which it waits for.
+    /// The times from each of the first `count` marks to the next, once all work that was asked for is done.
     ///
     /// # Errors
     /// [`Error::Device`](crate::Error::Device).

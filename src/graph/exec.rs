@@ -9,7 +9,7 @@
 //! step to step (ids, positions, page tables) is read from device memory. Where recording fails, steps go on node by
 //! node ([`Executor::unrecorded`]).
 
-use super::watch::{Span, Timing};
+use super::watch::{Span, Timing, Watch};
 use super::{Control, Graph, Plan, Source, ValueId};
 use crate::backend::{Backend, Buffer, Call, Recording};
 use crate::error::{Error, Result};
@@ -66,11 +66,7 @@ pub struct Executor {
     arena: Arc<Buffer>,
     /// The address of each value.
     addrs: Vec<usize>,
-    /// Where nodes write down when they ran, if anyone wants to know. Never grown while a step runs.
-    pub(super) spans: Vec<Span>,
-    pub(super) timing: Timing,
-    /// Whether the nodes that run are marked.
-    marked: bool,
+    pub(super) watch: Watch,
     /// What the next step touches of the KV cache, for spans.
     pub(super) kv: KvExtent,
     recordings: Vec<(Repeatable, Recorded)>,
@@ -113,7 +109,7 @@ impl Executor {
             assert!(node.ins.len() <= MAX_INS && node.outs.len() <= MAX_OUTS);
             assert!(node.weights.len() <= MAX_WEIGHTS);
         }
-        let (spans, kv) = (Vec::new(), KvExtent::default());
+        let kv = KvExtent::default();
         let recordings = Vec::with_capacity(MAX_RECORDINGS);
         let (indices, unsent) = (vec![0xff; plan.indices], 0..0);
         let (records, unrecorded) = (true, None);
@@ -123,9 +119,7 @@ impl Executor {
             plan,
             arena,
             addrs,
-            spans,
-            timing: Timing::Running,
-            marked: false,
+            watch: Watch::NONE,
             kv,
             recordings,
             records,
@@ -327,29 +321,35 @@ impl Executor {
     /// # Safety
     /// As for [`run`](Executor::run).
     unsafe fn run_any(&mut self, nodes: Range<usize>, bindings: &Bindings, control: &Control) -> Result<()> {
-        let watched = self.spans.len() < self.spans.capacity();
-        self.marked = watched && self.timing == Timing::Running && self.backend.marks();
-        if watched && !self.marked {
+        let watched = self.watch.wants_more();
+        let marked = watched && self.watch.timing == Timing::Running && self.backend.marks();
+        if watched && !marked {
             // SAFETY: passed on from the caller.
             return unsafe { self.run_timed(nodes, bindings, control) };
         }
         let start = Instant::now();
-        match self.repeatable(&nodes, bindings) {
+        match self.repeatable(&nodes, bindings, marked) {
             // SAFETY: passed on from the caller.
             Some(key) => unsafe { self.repeat(key, bindings, control)? },
             // SAFETY: passed on from the caller.
-            None => unsafe { self.run_each(nodes.clone(), bindings, control)? },
+            None => unsafe { self.run_each(nodes.clone(), bindings, control, marked)? },
         }
-        if self.marked { self.read_marks(nodes, start, bindings) } else { Ok(()) }
+        if marked { self.read_marks(nodes, start, bindings) } else { Ok(()) }
     }
 
-    /// Runs nodes one by one.
+    /// Runs nodes one by one, with marks between them or not.
     ///
     /// # Safety
     /// As for [`run`](Executor::run).
-    unsafe fn run_each(&self, nodes: Range<usize>, bindings: &Bindings, control: &Control) -> Result<()> {
+    unsafe fn run_each(
+        &self,
+        nodes: Range<usize>,
+        bindings: &Bindings,
+        control: &Control,
+        marked: bool,
+    ) -> Result<()> {
         let first = nodes.start;
-        let mark = |at| if self.marked { self.backend.mark(at) } else { Ok(()) };
+        let mark = |at| if marked { self.backend.mark(at) } else { Ok(()) };
         mark(0)?;
         for node in nodes {
             if control.is_cancelled() {
@@ -367,11 +367,10 @@ impl Executor {
     }
 
     /// Whether this is work to record.
-    fn repeatable(&self, nodes: &Range<usize>, bindings: &Bindings) -> Option<Repeatable> {
+    fn repeatable(&self, nodes: &Range<usize>, bindings: &Bindings, marked: bool) -> Option<Repeatable> {
         let Bindings { tokens, decode, outputs, decode_outputs, images, .. } = *bindings;
         let decode_step = (tokens, outputs) == (decode, decode_outputs) && tokens <= MAX_RECORDED_ROWS;
         // A profiler that is told of ranges sees every node of a step that is watched.
-        let marked = self.marked;
         let seen = marked && self.backend.is_listened_to();
         let worth = self.records && !seen && (images > 0 || decode_step);
         worth.then(|| Repeatable { nodes: nodes.clone(), tokens, outputs, images, marked })
@@ -390,11 +389,9 @@ impl Executor {
         for node in nodes {
             let start = Instant::now();
             // SAFETY: passed on from the caller.
-            let mut work = || unsafe { self.run_each(node..node + 1, bindings, control) };
+            let mut work = || unsafe { self.run_each(node..node + 1, bindings, control, false) };
             let took = self.backend.time(&mut work)?;
-            if self.spans.len() < self.spans.capacity() {
-                self.spans.push(Span { node, start, took, bindings: *bindings, kv: self.kv });
-            }
+            self.watch.keep(Span { node, start, took, bindings: *bindings, kv: self.kv });
         }
         Ok(())
     }
@@ -404,25 +401,25 @@ impl Executor {
     /// # Safety
     /// As for [`run`](Executor::run).
     unsafe fn repeat(&mut self, key: Repeatable, bindings: &Bindings, control: &Control) -> Result<()> {
-        let nodes = key.nodes.clone();
+        let (nodes, marked) = (key.nodes.clone(), key.marked);
         let Some(at) = self.recordings.iter().position(|(known, _)| *known == key) else {
             if self.recordings.len() < MAX_RECORDINGS {
                 self.recordings.push((key, Recorded::Once));
             }
             // SAFETY: passed on from the caller.
-            return unsafe { self.run_each(nodes, bindings, control) };
+            return unsafe { self.run_each(nodes, bindings, control, marked) };
         };
         if matches!(self.recordings[at].1, Recorded::Once) {
             // Page tables grow from step to step; recorded launches see room for the longest.
             let longest = &Bindings { table_entries: self.plan.max.table_entries, ..*bindings };
             // SAFETY: passed on from the caller; while they are recorded, nodes touch nothing.
-            let mut work = || unsafe { self.run_each(nodes.clone(), longest, &Control::default()) };
+            let mut work = || unsafe { self.run_each(nodes.clone(), longest, &Control::default(), marked) };
             match self.backend.record(&mut work) {
                 Ok(Some(recording)) => self.recordings[at].1 = Recorded::Ready(recording),
                 none => {
                     (self.records, self.unrecorded) = (false, none.err());
                     // SAFETY: passed on from the caller.
-                    return unsafe { self.run_each(nodes, bindings, control) };
+                    return unsafe { self.run_each(nodes, bindings, control, marked) };
                 }
             }
         }

@@ -25,7 +25,8 @@ pub struct Span {
     pub node: usize,
     /// When the device was asked; of running nodes, when the step was, and then what those before it took.
     pub start: Instant,
-    /// How long the device took; of running nodes, from the end of the one before.
+    /// How long the device took; of running nodes, from the end of the one before, so with any wait for the host
+    /// where a step is not replayed.
     pub took: Duration,
     /// The row counts of the step.
     pub bindings: Bindings,
@@ -33,19 +34,42 @@ pub struct Span {
     pub kv: KvExtent,
 }
 
+/// Where nodes write down when they ran, if anyone wants to know. It never grows while a step runs.
+pub(super) struct Watch {
+    pub spans: Vec<Span>,
+    pub timing: Timing,
+}
+
+impl Watch {
+    /// Nobody's.
+    pub const NONE: Watch = Watch { spans: Vec::new(), timing: Timing::Running };
+
+    /// Whether there is room for another span.
+    pub fn wants_more(&self) -> bool {
+        self.spans.len() < self.spans.capacity()
+    }
+
+    /// Keeps a span if there is room for it.
+    pub fn keep(&mut self, span: Span) {
+        if self.wants_more() {
+            self.spans.push(span);
+        }
+    }
+}
+
 impl Executor {
-    /// Writes down from now on when nodes run, the first `capacity` of them; 0 stops it. It costs two
-    /// readings of the clock a node.
+    /// Writes down from now on when nodes run, the first `capacity` of them; 0 stops it. It costs a node two
+    /// readings of the clock; on a GPU a mark and a wait at the end of a step, or, alone, its caches.
     pub fn trace(&mut self, capacity: usize, timing: Timing) {
-        (self.spans, self.timing) = (Vec::with_capacity(capacity), timing);
+        self.watch = Watch { spans: Vec::with_capacity(capacity), timing };
     }
 
     /// What has been written down since [`trace`](Executor::trace).
     pub fn spans(&self) -> &[Span] {
-        &self.spans
+        &self.watch.spans
     }
 
-    /// Writes down what the marks of a step say.
+    /// Writes down what the marks of a step say that was asked for at `start`.
     pub(super) fn read_marks(
         &mut self,
         nodes: Range<usize>,
@@ -54,9 +78,7 @@ impl Executor {
     ) -> Result<()> {
         let times = self.backend.between_marks(nodes.len() + 1)?;
         for (node, took) in nodes.zip(times) {
-            if self.spans.len() < self.spans.capacity() {
-                self.spans.push(Span { node, start, took, bindings: *bindings, kv: self.kv });
-            }
+            self.watch.keep(Span { node, start, took, bindings: *bindings, kv: self.kv });
             start += took;
         }
         Ok(())

@@ -302,7 +302,8 @@ impl Session {
         self.language.unrecorded().or_else(|| self.vision()?.unrecorded())
     }
 
-    /// Writes down when nodes run, so many of each graph; 0 stops it. See [`Executor::spans`].
+    /// Writes down when nodes run, so many of each graph; 0 stops it. See [`Executor::spans`]. On a GPU only one session
+    /// at a time may be watched while it runs ([`Timing::Running`]).
     pub fn trace(&mut self, capacity: usize, timing: Timing) {
         self.language.trace(capacity, timing);
         if let Some(vision) = &mut self.vision {

@@ -10,7 +10,8 @@
 
 enum { OK = 0, INVALID = 1, OUT_OF_MEMORY = 2, NOT_FOUND = 500, CAPTURING = 900 };
 typedef struct { uint32_t* to; uint32_t add, zeros; } Args;  // what a launch does: set so many words, or add to one
-typedef struct { int capturing, pending; } Stream;
+typedef struct { int capturing, pending, timed; } Stream;  // timed: events whose time will be asked for
+
 typedef struct { int launches; Args args[1024]; } Graph;
 typedef struct { Stream* after; int timed; } Event;
 typedef struct { char name[64]; } Kernel;
@@ -19,7 +20,7 @@ static __thread int current;  // whether this thread entered the context
 static Graph recorded;
 static void land(void);
 static void run(Args a) { if (a.zeros) memset(a.to, 0, 4 * a.zeros); else if (a.to) *a.to += a.add; }
-static long allocated, pinned, contexts, streams, graphs, modules;
+static long allocated, pinned, contexts, streams, events, graphs, modules;
 // What goes to the file CUDA_LOG: readings of the clock, and graphs that are launched.
 static void note(const char* format, double number) {
     int log = getenv("CUDA_LOG") ? open(getenv("CUDA_LOG"), O_WRONLY | O_APPEND | O_CREAT, 0644) : -1;
@@ -42,21 +43,23 @@ int cuDevicePrimaryCtxRetain(void** c, int d) { contexts++; *c = &contexts; retu
 int cuDevicePrimaryCtxRelease_v2(int d) {
     contexts--;
     // What is left when the last one closes the context is a leak.
-    printf("left: %ld bytes, %ld pinned, %ld streams, %ld graphs, %ld modules, %ld contexts\n", allocated, pinned, streams,
-           graphs, modules, contexts);
+    printf("left: %ld bytes, %ld pinned, %ld streams, %ld events, %ld graphs, %ld modules, %ld contexts\n", allocated, pinned,
+           streams, events, graphs, modules, contexts);
     fflush(stdout);
     return d == 7 ? OK : INVALID;
 }
 int cuCtxSetCurrent(void* c) { current = c == &contexts; return current ? OK : INVALID; }
 int cuStreamCreate(Stream** s, unsigned flags) { streams++; *s = calloc(1, sizeof **s); return current && flags == 1 ? OK : INVALID; }
 int cuStreamDestroy_v2(Stream* s) { streams--; free(s); return current ? OK : INVALID; }
-int cuStreamSynchronize(Stream* s) { s->pending = 0; return !current ? INVALID : s->capturing ? CAPTURING : OK; }
+// What the clock says has passed by then.
+int cuStreamSynchronize(Stream* s) { if (s->timed) usleep(2000); s->timed = s->pending = 0; return !current ? INVALID : s->capturing ? CAPTURING : OK; }
 int cuStreamBeginCapture_v2(Stream* s, int mode) { recorded.launches = 0; s->capturing = 1; return current && mode == 1 ? OK : INVALID; }
-static Stream* forked;  // a stream that takes part in what another records, until that waits for it
+static Stream *forked, *origin;  // a stream that takes part in what another records, until that waits for it
 int cuStreamWaitEvent(Stream* s, Event* e, unsigned flags) {
     if (!current || flags || !e->after) return INVALID;
-    if (forked && e->after == forked) forked->capturing = 0, forked = 0;
-    else if (e->after->capturing && !s->capturing) forked = s, s->capturing = 1;
+    if (forked && e->after == forked && s == origin) return forked->capturing = 0, forked = 0, OK;
+    if (s->capturing && !e->after->capturing) return CAPTURING;
+    if (e->after->capturing && !s->capturing) forked = s, origin = e->after, s->capturing = 1;
     return OK;
 }
 int cuStreamEndCapture(Stream* s, Graph** g) {
@@ -69,7 +72,7 @@ int cuGraphInstantiateWithFlags(Graph** e, Graph* g, unsigned long long flags) {
 int cuGraphDestroy(Graph* g) { graphs--; free(g); return OK; }
 int cuGraphExecDestroy(Graph* g) { graphs--; free(g); return OK; }
 int cuGraphLaunch(Graph* g, Stream* s) {
-    land(), note("replay of %.0f\n", g->launches);
+    land(), note("replay of %.0f\n", g->launches), s->timed = 1;
     for (int i = 0; i < g->launches; i++) run(g->args[i]);
     return current && !s->capturing ? OK : INVALID;
 }
@@ -119,7 +122,7 @@ int cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t n, Stream* s) {
 }
 int cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t n, Stream* s) { land(); memcpy((void*)to, (void*)from, n); return current && !s->capturing ? OK : INVALID; }
 int cuMemsetD8Async(uint64_t to, unsigned char b, size_t n, Stream* s) { land(); memset((void*)to, b, n); return current && !s->capturing ? OK : INVALID; }
-int cuEventCreate(Event** e, unsigned flags) { *e = calloc(1, sizeof **e), (*e)->timed = !flags; return current && (flags == 2 || flags == 0) ? OK : INVALID; }
+int cuEventCreate(Event** e, unsigned flags) { events++, *e = calloc(1, sizeof **e), (*e)->timed = !flags; return current && (flags == 2 || flags == 0) ? OK : INVALID; }
 // Every reading of the clock is known again: fifteen microseconds, and from reading to reading a tenth of one more.
 int cuEventElapsedTime_v2(float* ms, Event* a, Event* b) {
     static int readings;
@@ -127,10 +130,10 @@ int cuEventElapsedTime_v2(float* ms, Event* a, Event* b) {
     note("took %.9g\n", *ms);
     return current && a->timed && b->timed && a->after && b->after ? OK : INVALID;
 }
-int cuEventDestroy_v2(Event* e) { free(e); return OK; }
-int cuEventRecord(Event* e, Stream* s) { e->after = s; return OK; }
+int cuEventDestroy_v2(Event* e) { events--, free(e); return OK; }
+int cuEventRecord(Event* e, Stream* s) { e->after = s, s->timed |= e->timed; return OK; }
 // The time of a recorded event can be asked for only if it is external to the recording.
-int cuEventRecordWithFlags(Event* e, Stream* s, unsigned flags) { e->after = s; return current && flags == (unsigned)s->capturing ? OK : INVALID; }
+int cuEventRecordWithFlags(Event* e, Stream* s, unsigned flags) { e->after = s, s->timed |= e->timed; return current && flags == (unsigned)s->capturing ? OK : INVALID; }
 // What the clock says has passed by then.
 int cuEventSynchronize(Event* e) { if (e->timed) usleep(2000); if (e->after) land(); return current ? OK : INVALID; }
 static char image_of[2];  // a module is one of these: that of the image, that of the model

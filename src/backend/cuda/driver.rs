@@ -134,8 +134,7 @@ pub trait Driver: Send + Sync {
         false
     }
 
-    /// Marks the moment when the launch that was asked for last is done; what follows does not wait for it. The marks of
-    /// a device are one session's at a time.
+    /// Marks the moment when the launch that was asked for last is done; what follows does not wait for it.
     fn mark(&self, _at: usize) -> Result<()> {
         Ok(())
     }

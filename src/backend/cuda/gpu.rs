@@ -492,6 +492,8 @@ impl Driver for Gpu {
     fn between_marks(&self, count: usize) -> Result<Vec<Duration>> {
         let this = &self.0;
         this.named(this.enter())?;
+        // An event that a replay records is known to be pending only by the replay.
+        this.named(this.synchronize())?;
         let marks = this.marks.lock().unwrap_or_else(PoisonError::into_inner);
         // SAFETY: the context is current.
         marks.as_ref().map_or(Ok(Vec::new()), |marks| this.named(unsafe { marks.between(count) }))

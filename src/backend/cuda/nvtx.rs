@@ -36,7 +36,7 @@ struct Callbacks {
     module: unsafe extern "C" fn(c_int, *mut *const Slot, *mut c_uint) -> c_int,
 }
 
-/// `NvtxExportTableVersionInfo`: a profiler must tell its own version, and may not ask whether it can.
+/// `NvtxExportTableVersionInfo`: a profiler calls `set`, without asking whether it is there.
 #[repr(C)]
 struct Version {
     size: usize,

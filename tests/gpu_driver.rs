@@ -93,6 +93,10 @@ fn drive() {
     let backend = CudaBackend::new(gpu.clone(), DType::BF16).unwrap();
     let error = backend.device().alloc("the KV cache", 2 << 28).unwrap_err().to_string();
     assert!(error.contains("the KV cache: 536870912 bytes are needed, 268"), "{error}");
+    assert!(
+        error.contains("on cuda:0; lower --context") && error.ends_with("or use --device cpu"),
+        "{error}"
+    );
     let number = backend.device().alloc("a number", 4).unwrap();
     let launch = Launch { kernel: "add", grid: [1, 2, 3], block: 32, shared: 64 };
     let args = |add| AddArgs { to: number.addr, add, unused: 0 };

@@ -39,6 +39,15 @@ pub struct DeviceOptions {
 }
 
 impl DeviceOptions {
+    /// Whether the device is, or may turn out to be, one with memory of its own.
+    pub fn may_be_gpu(&self) -> bool {
+        match self.device {
+            Device::Cpu => false,
+            Device::Auto => ledger::verified_on_gpu() && gpu::count().is_ok(),
+            Device::Cuda(_) | Device::Emu => true,
+        }
+    }
+
     /// Opens the device for a model whose weights are, as far as it says, of dtype `stored`; the CPU with so many
     /// threads, or one for each core.
     ///
@@ -53,7 +62,7 @@ impl DeviceOptions {
         let driver = match self.device {
             Device::Cpu => None,
             // `tessera devices` tells why there is none.
-            Device::Auto if ledger::verified_on_gpu() => {
+            Device::Auto if self.may_be_gpu() => {
                 gpu::Gpu::open(0).ok().map(|gpu| Arc::new(gpu) as Arc<dyn Driver>)
             }
             Device::Auto => None,

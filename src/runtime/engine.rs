@@ -1,7 +1,6 @@
 //! The front desk: pictures and questions in, text out.
 
 use super::batch::{Advance, Phase, Want};
-use super::device::Device;
 use super::model::{LoadOptions, Model, Source};
 use super::request::{Completion, FinishReason, Input, Request, TokenLogProb};
 use super::sampling::log_probs;
@@ -121,11 +120,8 @@ impl Engine {
         let blank = LoadOptions { preset_values: false, progress: None, ..options.clone() };
         let backend = Arc::new(CpuBackend::new(Some(1))?);
         let plan = SessionPlan::new(&Model::load_on(backend, source, &blank)?, session)?;
-        match options.device.device {
-            Device::Auto | Device::Cpu => plan.memory.check(usable_memory()),
-            // These have memory of their own, and pages of 16 bits.
-            Device::Cuda(_) | Device::Emu => Ok(()),
-        }
+        // A device with memory of its own, and pages of 16 bits, says itself what does not fit.
+        if options.device.may_be_gpu() { Ok(()) } else { plan.memory.check(usable_memory()) }
     }
 
     /// An engine over a session.

@@ -140,7 +140,10 @@ fn alloc(driver: &Arc<dyn Driver>, what: &str, bytes: usize) -> Result<Buffer> {
         what: what.into(),
         needed: bytes as u64,
         available,
-        remedy: format!(" on {}; lower --context, --kv-memory or --prefill-chunk", driver.name()),
+        remedy: format!(
+            " on {}; lower --context, --kv-memory or --prefill-chunk, or use --device cpu",
+            driver.name()
+        ),
     })
 }
 

@@ -197,7 +197,7 @@ impl Stages {
         let event = |&(name, begin, end): &(&str, Instant, Instant)| {
             let mut event =
                 Event::new(name.into(), Track::Stages, trace::us(epoch, begin), trace::us(epoch, end));
-            event.args = json!({"where": "host, one thread"});
+            event.args = json!({"where": "host"});
             event
         };
         self.0.iter().map(event).collect()

@@ -43,7 +43,7 @@ impl DeviceOptions {
     pub fn may_be_gpu(&self) -> bool {
         match self.device {
             Device::Cpu => false,
-            Device::Auto => ledger::verified_on_gpu() && gpu::count().is_ok(),
+            Device::Auto => ledger::verified_on_gpu() && !gpu::MODULES.is_empty() && gpu::count().is_ok(),
             Device::Cuda(_) | Device::Emu => true,
         }
     }

@@ -229,6 +229,13 @@ impl Context {
         result.map_err(|problem| Error::Device { device: format!("cuda:{}", self.ordinal), problem })
     }
 
+    /// Ends the part that marks have in what is recorded.
+    fn join_marks(&self) -> Result<(), String> {
+        let mut marks = self.marks.lock().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: the context is current (the caller entered), the stream is ours and records.
+        marks.as_mut().map_or(Ok(()), |marks| unsafe { marks.join(self.recorder) })
+    }
+
     fn record(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<sys::CUgraphExec> {
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         // SAFETY: the context is current (the caller entered), the stream is ours, and no capture is under way.
@@ -236,10 +243,7 @@ impl Context {
             check("cuStreamBeginCapture", unsafe { sys::cuStreamBeginCapture_v2(self.recorder, mode) });
         self.named(begun)?;
         let done = work();
-        let mut marks = self.marks.lock().unwrap_or_else(PoisonError::into_inner);
-        // SAFETY: the context is current, the stream lives and records.
-        let joined = marks.as_mut().map_or(Ok(()), |marks| unsafe { marks.join(self.recorder) });
-        let done = done.and(self.named(joined));
+        let done = done.and(self.named(self.join_marks()));
         // SAFETY: the capture began on this stream and thread. A graph comes back only if all went well.
         let graph = ask("cuStreamEndCapture", |g| unsafe { sys::cuStreamEndCapture(self.recorder, g) });
         let graph = match self.named(graph) {

@@ -9,6 +9,7 @@ use tessera::backend::cpu::lanes::{Isa, Kernel, LANES, Lanes, Math};
 #[derive(Clone, Copy, Debug)]
 enum Function {
     Exp,
+    ExpNonpositive,
     Sigmoid,
     Silu,
     QuickGelu,
@@ -28,6 +29,7 @@ impl Kernel for Apply<'_> {
                 let x = lanes.load(chunk.as_ptr());
                 let y = match self.0 {
                     Exp => lanes.exp(x),
+                    ExpNonpositive => lanes.exp_nonpositive(x),
                     Sigmoid => lanes.sigmoid(x),
                     Silu => lanes.silu(x),
                     QuickGelu => lanes.quick_gelu(x),
@@ -52,7 +54,7 @@ fn oracle(function: Function, x: f64) -> (f64, f64) {
     let unit = f32::EPSILON as f64;
     match function {
         // Results under 2^-125 are flushed.
-        Exp => (x.exp(), 2.0 * unit * x.exp() + 2f64.powi(-125)),
+        Exp | ExpNonpositive => (x.exp(), 2.0 * unit * x.exp() + 2f64.powi(-125)),
         Sigmoid => (1.0 / (1.0 + (-x).exp()), 3.0 * unit / (1.0 + (-x).exp()) + 2f64.powi(-125)),
         Silu => (x / (1.0 + (-x).exp()), 3.0 * unit * (x / (1.0 + (-x).exp())).abs() + 1e-36),
         QuickGelu => {
@@ -108,8 +110,20 @@ fn exp_at_its_edges() {
         for (x, expected) in cases {
             assert_eq!(apply(isa, Exp, &[x])[0].to_bits(), f32::to_bits(expected), "{isa:?}: exp({x})");
         }
-        for function in [Exp, Sigmoid, Silu, QuickGelu, GeluErf] {
+        for function in [Exp, ExpNonpositive, Sigmoid, Silu, QuickGelu, GeluErf] {
             assert!(apply(isa, function, &[f32::NAN])[0].is_nan(), "{isa:?}: {function:?}(NaN)");
+        }
+    }
+}
+
+/// A softmax may use either: every bit is the same, from 0 to what is flushed and beyond.
+#[test]
+fn exp_of_what_is_not_positive_is_exp() {
+    let mut xs: Vec<f32> = (0..200_000).map(|i| i as f32 * -0.000_451).collect();
+    xs.extend([-0.0, f32::MIN, f32::NEG_INFINITY, -f32::MIN_POSITIVE, -86.979_996, -86.98, -86.980_01]);
+    for isa in Isa::available() {
+        for ((x, a), b) in xs.iter().zip(apply(isa, Exp, &xs)).zip(apply(isa, ExpNonpositive, &xs)) {
+            assert_eq!(a.to_bits(), b.to_bits(), "{isa:?}: {x}: {a} and {b}");
         }
     }
 }

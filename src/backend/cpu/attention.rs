@@ -155,18 +155,13 @@ impl Task for PagedTask<'_> {
                     v: v[offset..].as_ptr(),
                     stride: self.page,
                     table: Some(&tables[start..]),
+                    head_dim,
                 };
                 for head in kv_head * group..(kv_head + 1) * group {
                     // They are of one sequence.
                     if rows.len == ROWS || of != Some(start) {
                         // SAFETY: `paged` has checked every row's pages; the pool ends in a spare vector.
-                        unsafe {
-                            rows.flush(
-                                lanes,
-                                &Blocks { table: of.map(|of| &tables[of..]), ..pages },
-                                head_dim,
-                            )
-                        };
+                        unsafe { rows.flush(lanes, &Blocks { table: of.map(|of| &tables[of..]), ..pages }) };
                         of = Some(start);
                     }
                     let at = (row * heads + head) * head_dim;
@@ -174,9 +169,9 @@ impl Task for PagedTask<'_> {
                 }
             }
             let table = of.map(|of| &tables[of..]);
-            let pages = Blocks { k: k[offset..].as_ptr(), v: v[offset..].as_ptr(), stride: self.page, table };
+            let (k, v) = (k[offset..].as_ptr(), v[offset..].as_ptr());
             // SAFETY: as above.
-            unsafe { rows.flush(lanes, &pages, head_dim) };
+            unsafe { rows.flush(lanes, &Blocks { k, v, stride: self.page, table, head_dim }) };
         }
     }
 }
@@ -213,7 +208,8 @@ impl Task for DenseTask<'_> {
             }
             let (head, first) = (unit / parts, unit % parts * ROWS);
             let k = self.packed.wrapping_add(head * pages * page);
-            let blocks = Blocks { k, v: k.wrapping_add(heads * pages * page), stride: page, table: None };
+            let v = k.wrapping_add(heads * pages * page);
+            let blocks = Blocks { k, v, stride: page, table: None, head_dim };
             let mut rows = Queries::new();
             for row in first..self.rows.min(first + ROWS) {
                 let seen = if self.causal { row + 1 } else { self.rows };
@@ -221,7 +217,7 @@ impl Task for DenseTask<'_> {
                 rows.push(q, self.out.wrapping_add(row * width + head * head_dim), seen);
             }
             // SAFETY: every page of this head is packed, and the workspace ends in a spare vector.
-            unsafe { rows.flush(lanes, &blocks, head_dim) };
+            unsafe { rows.flush(lanes, &blocks) };
         }
     }
 }

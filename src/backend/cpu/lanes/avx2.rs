@@ -77,8 +77,7 @@ impl Lanes for Avx2 {
     #[inline(always)]
     fn exp2_whole(self, n: V) -> V {
         op!(n.map(|n| {
-            let bits = _mm256_castps_si256(_mm256_add_ps(n, _mm256_set1_ps(12_582_912.0)));
-            let exponent = _mm256_slli_epi32::<23>(bits);
+            let exponent = _mm256_slli_epi32::<23>(_mm256_castps_si256(n));
             _mm256_castsi256_ps(_mm256_add_epi32(exponent, _mm256_set1_epi32(0x3f80_0000)))
         }))
     }

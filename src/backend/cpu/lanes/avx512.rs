@@ -70,8 +70,7 @@ impl Lanes for Avx512 {
     #[inline(always)]
     fn exp2_whole(self, n: __m512) -> __m512 {
         op!({
-            let bits = _mm512_castps_si512(_mm512_add_ps(n, _mm512_set1_ps(12_582_912.0)));
-            let exponent = _mm512_slli_epi32::<23>(bits);
+            let exponent = _mm512_slli_epi32::<23>(_mm512_castps_si512(n));
             _mm512_castsi512_ps(_mm512_add_epi32(exponent, _mm512_set1_epi32(0x3f80_0000)))
         })
     }

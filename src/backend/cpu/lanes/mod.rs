@@ -21,6 +21,9 @@ pub use math::Math;
 
 /// How many lanes a vector has.
 pub const LANES: usize = 16;
+/// 1.5 * 2^23: a number of less than 2^22 that is added to it is rounded to a whole one, and lies in the low bits of
+/// the sum.
+pub const WHOLE: f32 = 12_582_912.0;
 
 /// Sixteen f32 lanes on one instruction set.
 ///
@@ -56,7 +59,7 @@ pub trait Lanes: Copy {
     fn lt(self, a: Self::V, b: Self::V) -> Self::Mask;
     /// `a` where the mask holds, `b` elsewhere.
     fn select(self, mask: Self::Mask, a: Self::V, b: Self::V) -> Self::V;
-    /// 2^n for a whole n in -126..=127; an unspecified value, never a fault, for anything else.
+    /// 2^n of n + [`WHOLE`] for a whole n in -126..=127; an unspecified value, never a fault, for anything else.
     fn exp2_whole(self, n: Self::V) -> Self::V;
 
     /// The sum of the lanes: l and l + 8, then l + 4, l + 2, l + 1.

@@ -79,8 +79,8 @@ impl Lanes for Neon {
     #[inline(always)]
     fn exp2_whole(self, n: V) -> V {
         each!(q => {
-            let bits = vreinterpretq_u32_f32(vaddq_f32(n[q], vdupq_n_f32(12_582_912.0)));
-            vreinterpretq_f32_u32(vaddq_u32(vshlq_n_u32::<23>(bits), vdupq_n_u32(0x3f80_0000)))
+            let exponent = vshlq_n_u32::<23>(vreinterpretq_u32_f32(n[q]));
+            vreinterpretq_f32_u32(vaddq_u32(exponent, vdupq_n_u32(0x3f80_0000)))
         })
     }
     #[inline(always)]

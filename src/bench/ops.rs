@@ -12,18 +12,17 @@ use crate::runtime::Engine;
 use crate::tensor::{Bindings, DType, Rows, Storage, TensorType, Weight, WeightBytes};
 use std::sync::Arc;
 
+/// Ops by kind and shape, and the ceilings they are held against, where anything is timed.
+pub type Timed = (Vec<OpTime>, Option<Ceilings>);
+
 /// Times every op of a test's steps over some repetitions: of the vision graph for a picture, of the language
 /// graph otherwise.
 ///
 /// # Errors
 /// As for [`measure`].
-pub fn time_ops(
-    engine: &mut Engine,
-    test: Test,
-    repetitions: (usize, usize),
-    ceilings: Option<Ceilings>,
-) -> Result<Vec<OpTime>> {
+pub fn time_ops(engine: &mut Engine, test: Test, repetitions: (usize, usize)) -> Result<Timed> {
     let (warmups, timed) = repetitions;
+    let before = engine.model().ceilings()?;
     measure(engine, test, (0, warmups.max(1)), None)?;
     // Every node of every step that is not filling the cache beforehand; those are left out below.
     let (steps, depth) = match test {
@@ -36,6 +35,7 @@ pub fn time_ops(
     let filling = depth.div_ceil(session.prefill_chunk());
     engine.session_mut().trace(nodes * (steps + filling) * timed.max(1), Timing::Alone);
     let done = measure(engine, test, (0, timed.max(1)), None);
+    let ceilings = Ceilings::around(before, engine.model().ceilings()?);
     let session = engine.session();
     let generates = matches!(test, Test::Text { prompt: 0, .. });
     let ops = match (test, session.vision()) {
@@ -43,7 +43,7 @@ pub fn time_ops(
         _ => summary(session.language(), ceilings, |span| generates == (span.bindings.decode > 0)),
     };
     engine.session_mut().trace(0, Timing::Alone);
-    done.map(|_| ops)
+    done.map(|_| (ops, ceilings))
 }
 
 /// Bytes of weights that a product of given shape goes through before it comes back to the first: more
@@ -59,8 +59,8 @@ pub fn time_linear(
     (m, n, k): (usize, usize, usize),
     dtype: DType,
     repetitions: (usize, usize),
-    ceilings: Option<Ceilings>,
-) -> Result<Vec<OpTime>> {
+) -> Result<Timed> {
+    let before = backend.ceilings(&[])?;
     let bytes = n * k * dtype.size();
     let copies = ROTATION.div_ceil(bytes.max(1)).clamp(1, 256);
     // 16-bit patterns near 1 in every format: no denormals, no infinities.
@@ -90,5 +90,6 @@ pub fn time_linear(
             unsafe { executor.run(&bindings, &control)? };
         }
     }
-    Ok(summary(&executor, ceilings, |_| true))
+    let ceilings = Ceilings::around(before, backend.ceilings(&[])?);
+    Ok((summary(&executor, ceilings, |_| true), ceilings))
 }

@@ -28,6 +28,8 @@ pub struct Profile {
     pub events: Vec<Event>,
     /// The ops by kind and shape, the longest first.
     pub ops: Vec<OpTime>,
+    /// What they are held against, where anything is timed.
+    pub ceilings: Option<Ceilings>,
     /// Nodes that ran.
     pub spans: usize,
     /// Whose clock timed them.
@@ -68,13 +70,14 @@ impl Question {
         self.answer(engine).map(drop)
     }
 
-    /// Answers by turns with and without a watch, for as long as it takes to compare them. `ceilings` are the
-    /// model's, none where nothing is timed: one run is enough there.
+    /// Answers by turns with and without a watch, for as long as it takes to compare them. `before` are the model's
+    /// ceilings, none where nothing is timed: one run is enough there.
     ///
     /// # Errors
     /// As for [`rehearse`](Question::rehearse).
-    pub fn profile(&self, engine: &mut Engine, ceilings: Option<Ceilings>) -> Result<Profile> {
-        let (run, overhead) = self.by_turns(engine, ceilings.is_some())?;
+    pub fn profile(&self, engine: &mut Engine, before: Option<Ceilings>) -> Result<Profile> {
+        let (run, overhead) = self.by_turns(engine, before.is_some())?;
+        let ceilings = Ceilings::around(before, engine.model().ceilings()?);
         let (model, session) = (engine.model(), engine.session());
         let executors: Vec<&Executor> = session.vision().into_iter().chain([session.language()]).collect();
         let mut events = run.stages.events(run.epoch);
@@ -91,7 +94,7 @@ impl Question {
             (_, 0) => Clock::Device,
             _ => Clock::Host,
         };
-        Ok(Profile { events, ops, spans, clock, overhead })
+        Ok(Profile { events, ops, ceilings, spans, clock, overhead })
     }
 
     /// Most spans of a graph in one run, which is refused here if it does not fit the context.

@@ -245,7 +245,7 @@ impl Bench {
             let measured = measure(it, test, repetitions)?;
             // What was measured after one test was measured before the next.
             let after = ceilings(it)?;
-            let highest = before.zip(after).map(|(a, b)| Ceilings::max(a, b));
+            let highest = Ceilings::around(before, after);
             before = after;
             rows.push(Row::new(subject, test, &measured, repetitions.0, highest, watch.end(), began));
         }

@@ -88,8 +88,7 @@ impl Ops {
         if let Some((m, n, k)) = self.shape {
             let dtype = self.model.dtype.weights();
             let backend = load.device.open(load.threads, || Ok(Some(dtype)))?;
-            let ceilings = backend.ceilings(&[])?;
-            let ops = ops::time_linear(&backend, (m, n, k), dtype, repetitions, ceilings)?;
+            let (ops, ceilings) = ops::time_linear(&backend, (m, n, k), dtype, repetitions)?;
             return Ok((
                 backend.describe(),
                 vec![Part { test: format!("linear {m}x{n}x{k}"), ceilings, ops }],
@@ -106,8 +105,7 @@ impl Ops {
         let model = engine.model().clone();
         let mut parts = Vec::new();
         for test in tests {
-            let ceilings = model.ceilings()?;
-            let ops = ops::time_ops(&mut engine, test, repetitions, ceilings)?;
+            let (ops, ceilings) = ops::time_ops(&mut engine, test, repetitions)?;
             parts.push(Part { test: test.to_string(), ceilings, ops });
         }
         Ok((model.backend().describe(), parts))

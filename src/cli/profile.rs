@@ -61,7 +61,7 @@ impl Profile {
             serde_json::to_writer(std::io::BufWriter::new(file), &trace)
                 .map_err(|error| Error::io(path, error.into()))?;
         }
-        if let Some((path, ceilings)) = self.svg.as_ref().zip(ceilings) {
+        if let Some((path, ceilings)) = self.svg.as_ref().zip(profile.ceilings) {
             let title = format!("{} on {}", subject.model_filename, subject.device);
             std::fs::write(path, roofline::svg(&title, &profile.ops, ceilings))
                 .map_err(|error| Error::io(path, error))?;

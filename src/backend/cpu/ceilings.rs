@@ -23,14 +23,16 @@ fn read_again(machine: &Machine, bytes: &[u8]) -> f64 {
     (times * bytes.len()) as f64 / best(2, || machine.run(&ReadLoop { bytes, times }))
 }
 
+/// Bytes in a cache line.
+const LINE: usize = 64;
 /// Bytes that are read of a small working set.
-const PASSES: usize = 16 << 20;
+const PASSES: usize = 256 << 20;
 
 /// Floating-point operations per second of register-resident multiply-adds.
 pub fn fma_rate(machine: &Machine) -> f64 {
     let steps = 24_000_000 / 24 * 24;
     let flops = (steps * 2 * LANES * machine.threads()) as f64;
-    flops / best(5, || machine.run(&FmaLoop { steps }))
+    flops / best(20, || machine.run(&FmaLoop { steps }))
 }
 
 /// Bytes per second at which `bytes`, larger than any cache, are read.
@@ -103,13 +105,14 @@ struct ReadLoop<'a> {
 impl Task for ReadLoop<'_> {
     #[inline(always)]
     fn run<L: Lanes>(&self, lanes: L, worker: Worker<'_>) {
+        let blocks = self.bytes.as_chunks::<{ 8 * LINE }>().0;
+        let blocks = &blocks[worker.share(blocks.len())];
         let mut sums = [lanes.splat(0.0); 8];
         for _ in 0..self.times {
-            for block in worker.share(self.bytes.len() / 512) {
-                for (i, sum) in sums.iter_mut().enumerate() {
-                    let line = self.bytes[block * 512 + i * 64..][..64].as_ptr().cast();
-                    // SAFETY: the slice has the 64 bytes of a vector.
-                    *sum = lanes.add(*sum, unsafe { lanes.load(line) });
+            for block in blocks {
+                for (sum, line) in sums.iter_mut().zip(block.as_chunks::<LINE>().0) {
+                    // SAFETY: a line has the 64 bytes of a vector.
+                    *sum = lanes.add(*sum, unsafe { lanes.load(line.as_ptr().cast()) });
                 }
             }
         }

@@ -19,7 +19,7 @@
 use super::model::{LoadOptions, Source};
 use super::pictures::processor_in;
 use super::session::non_finite;
-use crate::backend::{Backend, Ceilings};
+use crate::backend::{Backend, Ceilings, all_finite};
 use crate::error::{Error, Result};
 use crate::graph::{Control, Executor, Graph, GraphBuilder, Plan};
 use crate::input::image::{DecodeOptions, Picture, Preprocess, decode};
@@ -347,7 +347,7 @@ impl Tower {
         // the graph has no states, and `&mut self` keeps its arena ours.
         unsafe { executor.run(&ONE, control)? };
         let unit = executor.read_floats(ends.unit, &ONE)?;
-        if unit.iter().any(|x| !x.is_finite()) {
+        if !all_finite(&unit) {
             // SAFETY: as above.
             let node = unsafe { executor.first_non_finite(&ONE)? };
             return Err(non_finite(0, node));

@@ -21,7 +21,7 @@ pub mod sample;
 
 pub use memory::usable_memory;
 
-use super::{Backend, Buffer, Call, Ceilings, Prepared};
+use super::{Backend, Buffer, Call, Ceilings, Prepared, all_finite};
 use crate::error::{Error, Result};
 use crate::op::{Activation, MAX_PAIRS, Op, Select, WeightType};
 use crate::tensor::{DType, View, Weight};
@@ -195,6 +195,12 @@ impl Backend for CpuBackend {
         // SAFETY: the caller's obligation.
         bytes.copy_from_slice(unsafe { from_raw_parts(addr as *const u8, bytes.len()) });
         Ok(())
+    }
+
+    unsafe fn finite(&self, view: &View) -> Result<bool> {
+        assert_eq!(view.dtype, DType::F32, "what ops compute on the CPU");
+        // SAFETY: the caller's obligation; activations are f32, and aligned as such.
+        Ok(all_finite(unsafe { from_raw_parts(view.addr as *const f32, view.len()) }))
     }
 
     unsafe fn copy(&self, from: usize, to: usize, bytes: usize) -> Result<()> {

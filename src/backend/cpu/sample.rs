@@ -5,6 +5,7 @@
 //! number is a function of (seed, position) alone, so a text does not depend on threads, batches,
 //! chunks, or on how many numbers were drawn before.
 
+use crate::backend::all_finite;
 use crate::op::SampleParams;
 
 /// A token that is still in the running.
@@ -20,7 +21,7 @@ pub struct Candidate {
 /// The token chosen from `logits` `[V]`, or `None` if one of them is not finite. `seen` is a bit set
 /// over ids; `scratch` holds V candidates.
 pub fn sample(logits: &[f32], params: &SampleParams, seen: &[u32], scratch: &mut [Candidate]) -> Option<u32> {
-    if logits.iter().any(|x| !x.is_finite()) {
+    if !all_finite(logits) {
         return None;
     }
     let candidates = &mut scratch[..logits.len()];

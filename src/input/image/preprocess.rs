@@ -314,11 +314,8 @@ impl Preprocess {
 
 /// SHA-256 of a tensor's little-endian bytes, in hexadecimal.
 pub fn pixels_sha256(pixels: &[f32]) -> String {
-    let mut hash = Sha256::new();
-    for block in pixels.chunks(1024) {
-        hash.update(block.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>());
-    }
-    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+    let hash = Sha256::digest(bytemuck::cast_slice::<f32, u8>(pixels));
+    hash.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// The fields of a `preprocessor_config.json`, with errors that name them.

@@ -7,8 +7,6 @@ use super::{GROUPS, K_BLOCK, Operand, PANEL, Product, ROW_BLOCK, STRIP, Strip, T
 use std::ops::Range;
 use std::sync::atomic::Ordering::Relaxed;
 
-/// Rows whose sums stay in the nearest cache, 6 KiB of them, while all partial sums of a K-block are added to them.
-const STACK: usize = 48;
 /// How many steps ahead of their use packed rows are asked for: they stream from an outer cache.
 const PACKED_AHEAD: usize = 256;
 
@@ -53,8 +51,8 @@ impl Product<'_> {
         }
     }
 
-    /// Packs this worker's share of `rows` of one operand: by K-blocks, in them by stacks of tiles, in those by
-    /// partial sums, in those by tiles, `[step][height]` each. In this order they are used.
+    /// Packs this worker's share of `rows` of one operand: by K-blocks, in them by partial sums, in those by
+    /// tiles, `[step][height]` each.
     ///
     /// # Safety
     /// The rows exist, no worker reads the packed rows, and `to` has [`Product::room`] for the columns.
@@ -73,10 +71,9 @@ impl Product<'_> {
             let (start, tile) = (unit / tiles * K_BLOCK, unit % tiles * L::TILE.0);
             let count = K_BLOCK.min(x.cols - start);
             let steps = count.div_ceil(LANES);
-            let stack = tile / STACK * STACK;
-            let at = to.wrapping_add(padded * start + stack * steps * LANES + (tile - stack) * steps);
+            let at = to.wrapping_add(padded * start + tile * steps);
             let width = tile_height::<L>(rows.len() - tile);
-            let panel = Panel { at, width, lane: STACK.min(padded - stack) * steps, step: width };
+            let panel = Panel { at, width, lane: padded * steps, step: width };
             let group = RowGroup::f32(x.row(rows.start + tile, 0), x.stride, self.m - rows.start - tile);
             // SAFETY: there are `padded` rows of room for the columns, and the units are disjoint.
             unsafe { group.unpack(lanes, start, count, steps * LANES, panel) }
@@ -165,19 +162,16 @@ impl Product<'_> {
                 // SAFETY: the columns exist, and this worker's panels have room for a K-block.
                 unsafe { group.unpack(lanes, start, count, steps * LANES, panel) }
             }
-            let mut packed = packed.wrapping_add(padded * start);
-            for stack in (0..rows.len()).step_by(STACK) {
-                for lane in 0..LANES {
-                    let panels = panels.wrapping_add(lane * steps * LANES);
-                    for tile in (stack..rows.len().min(stack + STACK)).step_by(L::TILE.0) {
-                        let height = tile_height::<L>(rows.len() - tile);
-                        let sums = sums.wrapping_add(tile * STRIP);
-                        let first = begin && start + lane == 0;
-                        // SAFETY: packed rows and panels have `steps` steps for each partial sum, and this
-                        // worker's sums a row for each packed row.
-                        unsafe { multiply_tile::<L, G>(lanes, height, steps, packed, panels, sums, first) }
-                        packed = packed.wrapping_add(height * steps);
-                    }
+            for lane in 0..LANES {
+                let packed = packed.wrapping_add(padded * (start + lane * steps));
+                let panels = panels.wrapping_add(lane * steps * LANES);
+                for tile in (0..rows.len()).step_by(L::TILE.0) {
+                    let (packed, sums) = (packed.wrapping_add(tile * steps), sums.wrapping_add(tile * STRIP));
+                    let height = tile_height::<L>(rows.len() - tile);
+                    let first = begin && start + lane == 0;
+                    // SAFETY: packed rows and panels have `steps` steps for each partial sum, and this
+                    // worker's sums a row for each packed row.
+                    unsafe { multiply_tile::<L, G>(lanes, height, steps, packed, panels, sums, first) }
                 }
             }
         }

@@ -235,13 +235,24 @@ fn grid(out: &mut String, axes: &Axes, unit: &Unit) {
     );
 }
 
-/// The place to the right of `at` where a number covers none of those written before.
-fn free(labels: &[(f64, f64)], (mut x, y): (f64, f64)) -> (f64, f64) {
+/// The place at `x`, `y`, to the right of it or in the rows below, where a number stands in the plot and covers none
+/// of those written before.
+fn free(labels: &[(f64, f64)], (x, mut y): (f64, f64)) -> (f64, f64) {
     const NUMBER: (f64, f64) = (11.0, 13.0);
-    while labels.iter().any(|label| (label.0 - x).abs() < NUMBER.0 && (label.1 - y).abs() < NUMBER.1) {
-        x += NUMBER.0;
+    let covers = |(x, y): (f64, f64)| {
+        labels.iter().any(|label| (label.0 - x).abs() < NUMBER.0 && (label.1 - y).abs() < NUMBER.1)
+    };
+    let most = PLOT.2 - NUMBER.0;
+    loop {
+        let mut at = x.min(most);
+        while covers((at, y)) {
+            at += NUMBER.0;
+        }
+        if at <= most {
+            return (at, y);
+        }
+        y += NUMBER.1;
     }
-    (x, y)
 }
 
 /// The marks of the kinds, and the names of the numbered points.
@@ -310,7 +321,14 @@ mod tests {
             labels.push(free(&labels, at));
         }
         assert_eq!(labels[3], (50.0, 80.0), "what has room stays");
+        // Beside large products at the right edge, where the legend begins.
+        for at in
+            [(630.0, 128.0), (640.0, 128.0), (645.0, 129.0), (655.0, 128.0), (659.0, 127.0), (670.0, 128.0)]
+        {
+            labels.push(free(&labels, at));
+        }
         for (i, a) in labels.iter().enumerate() {
+            assert!(a.0 + 11.0 <= PLOT.2, "outside: {labels:?}");
             assert!(
                 labels[..i].iter().all(|b| (a.0 - b.0).abs() >= 11.0 || (a.1 - b.1).abs() >= 13.0),
                 "{labels:?}"

@@ -244,6 +244,7 @@ fn errors_are_for_people() {
         (&["run", "--prompt", "x", "--template", "no-such-template"], 2, &["--template", "vicuna"]),
         (&["preprocess", "--image", &text], 1, &["answers.json"]),
         (&["eval", "--questions", missing], 1, &[missing]),
+        (&["eval"], 2, &["option --questions", "the project's folder"]),
         (&["eval", "--limit", "0", "--questions", &questions], 1, &["questions.jsonl", "no question"]),
         (&["eval", "--questions", &text], 1, &["answers.json", "line 1, column "]),
         (&["synth", "--preset", "nonsense", "--out", missing], 2, &["option --preset", "llava-1.5-7b"]),

@@ -276,6 +276,15 @@ impl Log {
         assert_eq!(open, [""; 0], "every range ends");
         log
     }
+
+    /// That of [`profile`], without what the clock read for the ceilings after it: as often as for those before it,
+    /// which the log beside the trace has.
+    fn of_profile(path: &Path, trace: &Path) -> Self {
+        let (mut log, before) = (Log::read(path), Log::read(&trace.with_extension("before")));
+        assert!(!before.times.is_empty(), "ceilings are timed");
+        log.times.truncate(log.times.len() - before.times.len());
+        log
+    }
 }
 
 /// Name, begin and end.
@@ -309,6 +318,7 @@ fn profile(file: &Path) {
     let (mut engine, question) = (demo(), question());
     question.rehearse(&mut engine).unwrap();
     let ceilings = engine.model().ceilings().unwrap();
+    std::fs::copy(std::env::var_os("CUDA_LOG").unwrap(), file.with_extension("before")).unwrap();
     let profile = question.profile(&mut engine, ceilings).unwrap();
     let subject = Subject::new(engine.model(), LoadMode::Mmap, engine.session().prefill_chunk());
     let trace = trace::chrome(&subject, profile.clock, &profile.events);
@@ -328,7 +338,7 @@ fn a_profile_is_timed_by_the_gpu_and_seen_by_a_profiler() {
     let logs = [("NVTX_LOG", log.clone()), ("CUDA_LOG", log.clone())];
     let variables = [&[listens, ("TRACE", file.clone())][..], &logs].concat();
     libraries.run("a_profile_is_timed_by_the_gpu_and_seen_by_a_profiler", &variables);
-    let trace: Value = serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap();
+    let trace: Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
     assert_eq!(problems(&schema("trace"), &trace), Vec::<String>::new());
     let about = &trace["otherData"];
     assert_eq!([&about["clock"], &about["backends"], &about["gpu_info"]], ["device", "CUDA", "Fake 7"]);
@@ -336,7 +346,7 @@ fn a_profile_is_timed_by_the_gpu_and_seen_by_a_profiler() {
     assert_nested([&stages, &layers, &ops]);
 
     // The last run is the one that is shown.
-    let log = Log::read(&log);
+    let log = Log::of_profile(&log, &file);
     assert!(log.times.len() > 3 * ops.len(), "other runs were watched too");
     for ((name, begin, end), took) in ops.iter().rev().zip(log.times.iter().rev()) {
         assert!((end - begin - took).abs() < 0.01, "{name} {begin} {end}, {took}");
@@ -361,10 +371,10 @@ fn a_profile_times_what_is_replayed() {
         .run("a_profile_times_what_is_replayed", &[("TRACE", file.clone()), ("CUDA_LOG", log.clone())]);
     let text = String::from_utf8_lossy(&output.stdout);
     assert!(text.contains(CLOSED), "{text}");
-    let trace: Value = serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap();
+    let trace: Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
     let (stages, layers, ops) = (spans(&trace, "stages"), spans(&trace, "layers"), spans(&trace, "ops"));
     assert_nested([&stages, &layers, &ops]);
-    let log = Log::read(&log);
+    let log = Log::of_profile(&log, &file);
     for ((name, begin, end), took) in ops.iter().rev().zip(log.times.iter().rev()) {
         assert!((end - begin - took).abs() < 0.01, "{name} {begin} {end}, {took}");
     }

@@ -10,6 +10,9 @@ use serde_json::json;
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
+/// The questions that the demo model is held against, in the project's folder.
+const OWN: &str = "assets/eval/questions.jsonl";
+
 /// Options of `tessera eval`.
 #[derive(Debug, Args)]
 pub struct Eval {
@@ -18,7 +21,7 @@ pub struct Eval {
     #[command(flatten)]
     session: SessionArgs,
     /// One JSON object a line: image (relative to the file), question, answer, type
-    #[arg(long, value_name = "FILE.jsonl", default_value = "assets/eval/questions.jsonl")]
+    #[arg(long, value_name = "FILE.jsonl", default_value = OWN)]
     questions: PathBuf,
     /// Another model's answers, line for line (image, question, answer): reports how many agree
     #[arg(long, value_name = "FILE.jsonl")]
@@ -74,6 +77,9 @@ impl Count {
 
 impl Eval {
     pub fn run(self) -> Result<()> {
+        if self.questions == Path::new(OWN) && !self.questions.exists() {
+            return Err(Error::option("--questions", "a file, or the project's folder, which has one", OWN));
+        }
         let mut questions: Vec<Question> = lines(&self.questions)?;
         questions.truncate(self.limit.unwrap_or(usize::MAX));
         if questions.is_empty() {

@@ -27,7 +27,7 @@ impl Product<'_> {
             unsafe { self.interleave::<L, R>(lanes, worker) };
             worker.barrier();
         }
-        while let Some(strip) = self.take_strip() {
+        while let Some((_, strip)) = self.take_strip() {
             for first in (0..self.m).step_by(R) {
                 // SAFETY: the rows begin inside x, and the strip was taken.
                 unsafe { self.multiply_few::<L, R, A>(lanes, &strip, first) }

@@ -317,9 +317,9 @@ impl<'a> Product<'a> {
 
     /// Strips nobody has taken, one after another.
     #[inline(always)]
-    fn take_strip(&self) -> Option<Strip<'a>> {
+    fn take_strip(&self) -> Option<(usize, Strip<'a>)> {
         let index = self.next.fetch_add(1, Relaxed);
-        (index < self.strips).then(|| self.strip(index))
+        (index < self.strips).then(|| (index, self.strip(index)))
     }
 
     /// Scale, bias, activation, residual; then the results are written.

@@ -35,15 +35,17 @@ pub fn time_ops(engine: &mut Engine, test: Test, repetitions: (usize, usize)) ->
     let filling = depth.div_ceil(session.prefill_chunk());
     engine.session_mut().trace(nodes * (steps + filling) * timed.max(1), Timing::Alone);
     let done = measure(engine, test, (0, timed.max(1)), None);
-    let ceilings = Ceilings::around(before, engine.model().ceilings()?);
-    let session = engine.session();
-    let generates = matches!(test, Test::Text { prompt: 0, .. });
-    let ops = match (test, session.vision()) {
-        (Test::Image { .. }, Some(vision)) => summary(vision, ceilings, |_| true),
-        _ => summary(session.language(), ceilings, |span| generates == (span.bindings.decode > 0)),
-    };
+    let timed = done.and_then(|_| engine.model().ceilings()).map(|after| {
+        let (session, ceilings) = (engine.session(), Ceilings::around(before, after));
+        let generates = matches!(test, Test::Text { prompt: 0, .. });
+        let ops = match (test, session.vision()) {
+            (Test::Image { .. }, Some(vision)) => summary(vision, ceilings, |_| true),
+            _ => summary(session.language(), ceilings, |span| generates == (span.bindings.decode > 0)),
+        };
+        (ops, ceilings)
+    });
     engine.session_mut().trace(0, Timing::Alone);
-    done.map(|_| (ops, ceilings))
+    timed
 }
 
 /// Bytes of weights that a product of given shape goes through before it comes back to the first: more

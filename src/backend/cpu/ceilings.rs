@@ -3,6 +3,7 @@
 
 use super::lanes::{LANES, Lanes};
 use super::machine::{Machine, Task};
+use super::panel::LINE;
 use super::pool::Worker;
 use crate::backend::{CACHED, Ceilings};
 use std::hint::black_box;
@@ -23,8 +24,6 @@ fn read_again(machine: &Machine, bytes: &[u8]) -> f64 {
     (times * bytes.len()) as f64 / best(2, || machine.run(&ReadLoop { bytes, times }))
 }
 
-/// Bytes in a cache line.
-const LINE: usize = 64;
 /// Bytes that are read of a small working set.
 const PASSES: usize = 256 << 20;
 

@@ -8,7 +8,10 @@
 
 use super::lanes::{LANES, Lanes};
 use crate::tensor::{DType, Weight};
+use std::ops::Range;
 
+/// Bytes in a cache line.
+pub(super) const LINE: usize = 64;
 /// How many bytes ahead of their use weights are asked for when they are unpacked.
 const AHEAD: usize = 256;
 
@@ -162,6 +165,13 @@ impl RowGroup {
     #[inline(always)]
     pub fn row(&self, row: usize, offset: usize) -> *const u8 {
         self.first.wrapping_add(row.min(self.rows - 1) * self.stride + offset)
+    }
+
+    /// Asks for some of the lines behind byte `offset` of a row.
+    #[inline(always)]
+    pub fn prefetch<L: Lanes>(&self, lanes: L, (row, offset): (usize, usize), lines: Range<usize>) {
+        let at = self.row(row, offset);
+        lines.for_each(|line| lanes.prefetch(at.wrapping_add(line * LINE)));
     }
 
     /// The address of byte `offset` of each row.

@@ -274,7 +274,7 @@ impl<const R: usize> Tile<R> {
     /// `pages` pages of scores fit a chunk.
     #[inline(always)]
     unsafe fn weights<L: Lanes>(&mut self, lanes: L, pages: usize) {
-        // A row at a time, each step would wait for the one before it.
+        // By how much each row's maximum rises: one exponential makes the factors of all.
         let mut fallen = [0f32; LANES];
         for row in 0..R {
             let p = self.p[row].as_ptr();

@@ -31,7 +31,7 @@ macro_rules! both {
 
 /// An expression for each of two. Not a closure: that has not the features of the function around it, and where the
 /// compiler does not inline it, every intrinsic in it is a call through memory (with one such in `exp2_whole`, a GELU
-/// took 14 % of its product, and takes 2).
+/// took 14 % of its product, and takes 3).
 macro_rules! each {
     ($x:ident in $two:expr => $e:expr) => {{
         let [first, second] = $two;

@@ -1,7 +1,7 @@
 //! The loop for many rows: a strip of W is unpacked once for all of them, and lanes run along outputs.
 
 use super::super::lanes::{LANES, Lanes};
-use super::super::panel::{Panel, RowGroup};
+use super::super::panel::{LINE, Panel, RowGroup};
 use super::super::pool::Worker;
 use super::{GROUPS, K_BLOCK, Operand, PANEL, Product, ROW_BLOCK, STRIP, Strip, TILE_ROWS};
 use std::ops::Range;
@@ -170,18 +170,16 @@ impl Product<'_> {
             }
             // What is unpacked after this: the next K-block, or the first of the next strip.
             let (ahead, at) = if start + K_BLOCK < cols { (groups, start + K_BLOCK) } else { (next, 0) };
-            let (size, tiles) = (groups[0].dtype.size(), rows.len().div_ceil(L::TILE.0));
-            let lines = (K_BLOCK.min(cols - at) * size).div_ceil(64);
+            let (size, tiles) = (ahead[0].dtype.size(), rows.len().div_ceil(L::TILE.0));
+            let lines = (K_BLOCK.min(cols - at) * size).div_ceil(LINE);
+            let part = |tile: usize| lines * (tile / L::TILE.0) / tiles;
             for lane in 0..LANES {
                 let packed = packed.wrapping_add(padded * (start + lane * steps));
                 let panels = panels.wrapping_add(lane * steps * LANES);
                 for tile in (0..rows.len()).step_by(L::TILE.0) {
                     let (packed, sums) = (packed.wrapping_add(tile * steps), sums.wrapping_add(tile * STRIP));
-                    let part = |tile: usize| lines * (tile / L::TILE.0) / tiles;
-                    for line in part(tile)..part(tile + L::TILE.0) {
-                        for group in ahead {
-                            lanes.prefetch(group.row(lane, at * size + line * 64));
-                        }
+                    for group in ahead {
+                        group.prefetch(lanes, (lane, at * size), part(tile)..part(tile + L::TILE.0));
                     }
                     let height = tile_height::<L>(rows.len() - tile);
                     let first = begin && start + lane == 0;
